@@ -1,0 +1,27 @@
+"""What differs between versions of JAX, in one place. Everything here is public API of the version it is for."""
+
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+
+# Names that a primitive has had; rules are registered under every one of them.
+REMAT_NAMES = ("remat2", "checkpoint", "remat")
+JIT_NAMES = ("jit", "pjit")
+
+
+def closed(jaxpr: Any) -> jex.ClosedJaxpr:
+    """A sub-jaxpr parameter as a closed jaxpr: some primitives hold it open."""
+    return jaxpr if isinstance(jaxpr, jex.ClosedJaxpr) else jex.ClosedJaxpr(jaxpr, ())
+
+
+def sub_jaxpr(invars, outvars, eqns) -> jex.ClosedJaxpr:
+    """The closed jaxpr of some equations."""
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    info = jex.DebugInfo("lift", "jlora.lift", None, None)
+    return jex.ClosedJaxpr(jex.Jaxpr((), invars, outvars, eqns, effects, info), ())
+
+
+def typeof(x: Any) -> Any:
+    """The abstract value of an array or tracer: shape, dtype, and in explicit mode its sharding."""
+    return jax.typeof(x)

@@ -1,0 +1,399 @@
+"""``adapt`` and what it makes: the user's tree, frozen, and a small trainable tree beside it."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from jlora import paths
+from jlora.methods.base import Method, Site
+from jlora.paths import Pattern
+from jlora.weight import AdaptedWeight, Axes, Params
+
+ALL_LINEAR = "all-linear"
+# Output heads, which "all-linear" leaves alone as PEFT does, and names that mean a [in, out] kernel in Flax and Haiku.
+_HEADS = ("lm_head", "output_head", "unembed", "unembedding")
+_KERNELS = ("kernel", "w")
+_TABLES = ("embedding", "embeddings")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("base", "trainable", "frozen"), meta_fields=("_sites",)
+)
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A parameter tree and its adapters. A pytree: it can be jitted over, donated, sharded, checkpointed.
+
+    Attributes:
+      base: the user's tree as it was given, the same buffers. Frozen.
+      trainable: ``{path: the method's trainable parameters}``, and an entry for each group of shared ones.
+      frozen: the methods' buffers, same keys.
+    """
+
+    base: PyTree
+    trainable: dict[str, Any]
+    frozen: dict[str, Any]
+    _sites: tuple[tuple[str, Site], ...]
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """What is adapted: path -> method, axes and shape."""
+        return dict(self._sites)
+
+    def replace(self, **changes: Any) -> "Adapted":
+        """A copy with other ``base``, ``trainable`` or ``frozen``."""
+        return dataclasses.replace(self, **changes)
+
+    def bind(self, trainable: dict[str, Any] | None = None, context: Mapping[str, Any] | None = None) -> PyTree:
+        """The tree to hand to a lifted function: the base with adapted weights in the places of the adapted leaves.
+
+        Args:
+          trainable: the trainable parameters to use, by default this object's: differentiate with respect to them.
+          context: what methods need at run time and is not a parameter. ``"key"``: a random key; dropout is on exactly
+            when it is given. Everything else is handed to the methods as it is.
+
+        Returns:
+          A tree of the base's structure. Nothing in it is trained but ``trainable``: the base carries no gradient.
+        """
+        trainable = self.trainable if trainable is None else trainable
+        context = dict(context or {})
+        key = context.pop("key", None)
+        sites = self.sites
+        leaves, treedef = paths.flatten(self.base)
+        out = []
+        for path, leaf in leaves:
+            site = sites.get(path)
+            if site is None:
+                out.append(leaf)
+                continue
+            own = Params(trainable[path], self.frozen.get(path))
+            method = site.method
+            if method.whole_leaf:
+                out.append(method.weight(leaf, own))
+                continue
+            shared = None
+            if method.group is not None:
+                shared = {**trainable.get(method.group, {}), **self.frozen.get(method.group, {})}
+            keys = None
+            if key is not None and method.dropout > 0.0:
+                keys = _stack_keys(paths.fold_path(key, path), site.canonical_shape[0])
+            labels = site.axes.labels(site.shape)
+            out.append(AdaptedWeight(leaf, own, shared, keys, context or None, method, labels, path))
+        return jax.tree.unflatten(treedef, out)
+
+    def __repr__(self) -> str:
+        trained = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))
+        return f"Adapted({len(self._sites)} leaves adapted, {trained:,} trainable parameters; see jlora.summary)"
+
+
+def adapt(
+    params: PyTree,
+    methods: Method | Mapping[Pattern, Method] | Sequence[tuple[Pattern, Method]],
+    targets: Pattern | Sequence[Pattern] | None = None,
+    *,
+    key: jax.Array | None = None,
+    exclude: Pattern | Sequence[Pattern] = (),
+    fn: Callable | None = None,
+    args: Sequence[Any] = (),
+    usage: Mapping[str, Any] | None = None,
+    axes: Mapping[Pattern, Axes] | None = None,
+    param_dtype: Any = None,
+    allow_unmatched: bool = False,
+) -> Adapted:
+    """Put adapters beside a parameter tree.
+
+    >>> adapted = jlora.adapt(params, jlora.LoRA(rank=16, alpha=32), targets="all-linear", key=jax.random.key(0))
+    >>> adapted = jlora.adapt(params, {"**/q_proj/kernel": jlora.LoRA(8), "**/bias": jlora.Full()}, key=key)
+
+    Args:
+      params: any pytree of arrays (or of ``jax.ShapeDtypeStruct``, to plan without allocating).
+      methods: one method, for ``targets``; or rules, pattern -> method, tried in order: the first match adapts a leaf.
+        A method for matrices passes over leaves with fewer than two axes, so ``"**/mlp/**"`` need not exclude biases.
+      targets: what the one method adapts: a pattern (``jlora.paths``), several, or ``"all-linear"``: every matrix that
+        is multiplied, except embeddings and a head named like one (``lm_head``). The default is "all-linear".
+      key: random key. Every leaf folds its own path into it, so adding a leaf changes no other leaf's start.
+      exclude: patterns of leaves that no rule touches.
+      fn, args: the model's function; ``fn(params, *args)`` is traced abstractly, once, to find out how it uses each
+        leaf: which axes are contracted, which are stacked. Needed for leaves of three and more axes, unless ``usage``
+        (the result of ``jlora.usage``) or ``axes`` says so. Leaves of two axes are [in, out] without it.
+      axes: ``{pattern: Axes}``, for those who know better.
+      param_dtype: dtype of the adapters; by default float32, or the leaf's if that is wider.
+      allow_unmatched: let a rule match nothing.
+
+    Returns:
+      An ``Adapted``. Its output starts as the base's (or as the method's file says).
+
+    Raises:
+      ValueError: a rule that matches nothing, a rank that a leaf's shape does not allow, a leaf whose axes cannot be
+        known. The message names the leaf, its shape, the rule and what to do.
+    """
+    leaves, _ = paths.flatten(params)
+    if fn is not None and usage is None:
+        from jlora.lift.usage import usage as trace_usage
+
+        usage = trace_usage(fn, params, *args)
+    rules = _rules(methods, targets)
+    find = _AxesFinder(usage, axes or {})
+    exclude = _as_list(exclude)
+    chosen: dict[str, Site] = {}
+    hits = [0] * len(rules)
+    passed: list[list[str]] = [[] for _ in rules]  # matched, but not by a method for it
+    arrays = dict(leaves)
+    for path, leaf in leaves:
+        if not hasattr(leaf, "shape") or any(paths.matches(p, path, leaf) for p in exclude):
+            continue
+        for i, (pattern, method) in enumerate(rules):
+            if not find.matches(pattern, path, leaf):
+                continue
+            if not method.whole_leaf and not find.is_matrix(path, leaf):
+                passed[i].append(f"{path} {leaf.dtype}{list(leaf.shape)}")
+                continue
+            hits[i] += 1
+            if path not in chosen:
+                chosen[path] = _site(path, leaf, pattern, method, find)
+    if not allow_unmatched:
+        for (pattern, method), hit, skipped in zip(rules, hits, passed, strict=True):
+            if not hit:
+                raise ValueError(_unmatched(pattern, method, skipped, [p for p, _ in leaves], usage is not None))
+        for pattern, _ in find.explicit:
+            if not any(paths.matches(pattern, path, leaf) for path, leaf in leaves):
+                raise ValueError(f"axes: {paths.describe(pattern)} matches no leaf.")
+    return build(params, chosen, key=key, param_dtype=param_dtype, arrays=arrays)
+
+
+def build(
+    params: PyTree,
+    sites: Mapping[str, Site],
+    *,
+    key: jax.Array | None,
+    param_dtype: Any = None,
+    arrays: dict[str, Any] | None = None,
+) -> Adapted:
+    """Initialize the parameters of the given sites: what is left of ``adapt`` once rules and axes are settled."""
+    arrays = dict(paths.flatten(params)[0]) if arrays is None else arrays
+    if key is None:
+        if any(not site.method.whole_leaf for site in sites.values()):
+            raise ValueError("These methods start from random numbers: pass key=jax.random.key(seed).")
+        key = jax.random.key(0)
+    trainable, frozen = {}, {}
+    groups: dict[str, dict[str, Site]] = {}
+    for path, site in sites.items():
+        leaf = arrays[path]
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32) if param_dtype is None else jnp.dtype(param_dtype)
+        init = functools.partial(_init, site=site, dtype=dtype)
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+        own = jax.eval_shape(init, key, leaf) if abstract else init(paths.fold_path(key, path), leaf)
+        stacked = None if site.method.whole_leaf else site.method.init_stack(site, dtype)
+        trainable[path] = own.trainable
+        if own.frozen is not None or stacked is not None:
+            frozen[path] = {**(own.frozen or {}), **(stacked or {})}
+        if site.method.group is not None:
+            groups.setdefault(site.method.group, {})[path] = site
+    for group, members in groups.items():
+        of = {site.method for site in members.values()}
+        if len(of) > 1:
+            raise ValueError(
+                f"The group {group!r} is shared by different methods, {sorted(map(repr, of))}: give them two names."
+            )
+        if group in trainable or group in frozen:
+            raise ValueError(f"The group {group!r} has the name of a leaf: give it another.")
+        wide = functools.reduce(jnp.promote_types, (arrays[path].dtype for path in members), jnp.float32)
+        shared = functools.partial(
+            of.pop().init_shared, sites=members, dtype=wide if param_dtype is None else jnp.dtype(param_dtype)
+        )
+        abstract = any(isinstance(arrays[path], jax.ShapeDtypeStruct) for path in members)
+        made = jax.eval_shape(shared, key) if abstract else shared(paths.fold_path(key, group))
+        for tree, part in ((trainable, made.trainable), (frozen, made.frozen)):
+            if part is not None:
+                tree[group] = part
+    return Adapted(params, trainable, frozen, tuple(sites.items()))
+
+
+@functools.partial(jax.jit, static_argnames=("site", "dtype"))
+def _init(key: jax.Array, leaf: jax.Array, *, site: Site, dtype: Any) -> Params:
+    """A method's start for every matrix of a leaf."""
+    if site.method.whole_leaf:
+        return site.method.init(key, leaf, site, dtype)
+    one = lambda key, w: site.method.init(key, w, site, dtype)
+    stack = site.canonical_shape[0]
+    for _ in stack:
+        one = jax.vmap(one)
+    own = one(_stack_keys(key, stack), site.axes.to_canonical(leaf))
+    assert own.shared is None
+    return own
+
+
+def _stack_keys(key: jax.Array, stack: tuple[int, ...]) -> jax.Array:
+    """A key for each index of the stack; the key itself for a single matrix."""
+    if not stack:
+        return key
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(math.prod(stack)))
+    return keys.reshape(*stack, *keys.shape[1:])
+
+
+# Rules and axes.
+
+
+def _as_list(patterns: Any) -> list:
+    return list(patterns) if isinstance(patterns, (list, tuple)) else [patterns]
+
+
+def _rules(methods: Any, targets: Any) -> list[tuple[Pattern, Method]]:
+    if isinstance(methods, Method):
+        return [(pattern, methods) for pattern in _as_list(ALL_LINEAR if targets is None else targets)]
+    if targets is not None:
+        raise ValueError("targets goes with a single method; rules name their own patterns.")
+    rules = list(methods.items() if isinstance(methods, Mapping) else methods)
+    for rule in rules:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[1], Method)):
+            raise TypeError(f"A rule is a pair (pattern, method), the method an instance like LoRA(8); got {rule!r}.")
+    if not rules:
+        raise ValueError("No rules were given: nothing would be adapted.")
+    return rules
+
+
+class _AxesFinder:
+    """Which axes of a leaf are what: as given, as traced, or by the name of a leaf with two axes."""
+
+    def __init__(self, usage: Mapping[str, Any] | None, axes: Mapping[Pattern, Axes]):
+        self.usage, self.explicit = usage, list(axes.items())
+
+    def given(self, path: str, leaf: Any) -> Axes | None:
+        for pattern, axes in self.explicit:
+            if paths.matches(pattern, path, leaf):
+                return axes
+        if self.usage is not None and path in self.usage:
+            return self.usage[path].axes
+        return None
+
+    def is_matrix(self, path: str, leaf: Any) -> bool:
+        """Whether a method for matrices can be meant: biases may have several axes, too."""
+        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return False
+        if self.given(path, leaf) is not None:
+            return True
+        return self.usage is None and path.split("/")[-1] not in ("bias", "b", "scale")
+
+    def matches(self, pattern: Pattern, path: str, leaf: Any) -> bool:
+        if pattern != ALL_LINEAR:
+            return paths.matches(pattern, path, leaf)
+        if leaf.ndim < 2 or any(segment in _HEADS for segment in path.split("/")):
+            return False
+        axes = self.given(path, leaf)
+        if axes is not None:
+            return axes.kind == "linear"
+        if self.usage is not None:
+            return False  # traced, and not multiplied by anything
+        if path.split("/")[-1] not in _KERNELS:
+            return False
+        return True
+
+    def find(self, path: str, leaf: Any) -> Axes | str:
+        """The axes, or why they cannot be known."""
+        axes = self.given(path, leaf)
+        if axes is not None:
+            return axes
+        name = path.split("/")[-1]
+        if leaf.ndim != 2:
+            return f"a leaf of {leaf.ndim} axes may be stacked, have several heads or be a convolution"
+        if name == "weight":
+            return "a leaf named 'weight' is [out, in] in some libraries and [in, out] in others"
+        return Axes((0,), (1,), kind="embedding" if name in _TABLES else "linear")
+
+
+def _site(path: str, leaf: Any, pattern: Pattern, method: Method, find: _AxesFinder) -> Site:
+    shape = tuple(leaf.shape)
+    rule = f"rule {paths.describe(pattern)}: {method}"
+    if method.whole_leaf:
+        return Site(method, None, shape)
+    axes = find.find(path, leaf)
+    if isinstance(axes, str):
+        raise ValueError(
+            f"Which axes of {path!r} {shape} are inputs and outputs is not known: {axes} ({rule}). Pass the model's "
+            "function, adapt(..., fn=apply, args=(batch,)) where apply(params, batch) runs it (it is only traced), or "
+            f"adapt(..., axes={{{path!r}: jlora.Axes(inputs=(...), outputs=(...), stack=(...))}})."
+        )
+    try:
+        site = Site(method, axes, shape)
+        axes.labels(shape)
+    except ValueError as error:
+        raise ValueError(f"{path!r}: {error} ({rule})") from None
+    problem = method.check(site)
+    if problem:
+        raise ValueError(f"{path!r} {shape}: {problem} ({rule}).")
+    return site
+
+
+def _unmatched(pattern: Pattern, method: Method, skipped: list[str], names: list[str], traced: bool) -> str:
+    rule = f"rule {paths.describe(pattern)}: {method}"
+    if skipped:
+        return (
+            f"The {rule} matches only leaves that are no weight of a product: {', '.join(skipped[:5])}. Use Full() "
+            "to train them, or another pattern."
+        )
+    if pattern == ALL_LINEAR and not traced:
+        return (
+            f"The {rule} finds no kernel: without the model's function it looks for leaves named "
+            f"{' or '.join(_KERNELS)}. Pass adapt(..., fn=apply, args=(batch,)), or a pattern. Leaves: {names[:8]}."
+        )
+    return f"The {rule} matches no leaf. Nearest: {paths.nearest(pattern, names)}. (allow_unmatched=True permits it.)"
+
+
+# Reading.
+
+
+def summary(adapted: Adapted) -> str:
+    """A table of what is adapted and what is not.
+
+    One row a leaf: path, shape, axes (stack | in | out), method, rank, scale, trainable parameters, their dtype, and
+    their share of all trainable parameters.
+    """
+    sizes = {key: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for key, tree in adapted.trainable.items()}
+    total = sum(sizes.values())
+    leaves, _ = paths.flatten(adapted.base)
+    shapes = {path: leaf for path, leaf in leaves if hasattr(leaf, "shape")}
+    header = ("path", "shape", "axes", "method", "rank", "scale", "trainable", "dtype", "share")
+    rows = [header]
+    for path, site in adapted._sites:
+        info = site.method.describe()
+        dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(adapted.trainable[path])}
+        count = sizes[path]
+        rows.append(
+            (
+                path,
+                "x".join(map(str, site.shape)) or "scalar",
+                _describe_axes(site.axes),
+                site.method.name,
+                info.get("rank", "-"),
+                info.get("scale", "-"),
+                f"{count:,}",
+                ",".join(sorted(dtypes)),
+                f"{count / max(total, 1):.1%}",
+            )
+        )
+    for group in sorted(set(adapted.trainable) - set(adapted.sites)):
+        rows.append((f"({group}: shared)", "", "", "", "", "", f"{sizes[group]:,}", "", f"{sizes[group] / total:.1%}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    right = {"rank", "scale", "trainable", "share"}
+    line = lambda row: "  ".join(
+        c.rjust(w) if h in right else c.ljust(w) for c, w, h in zip(row, widths, header, strict=True)
+    ).rstrip()
+    lines = [line(rows[0]), "  ".join("-" * w for w in widths), *map(line, rows[1:])]
+    base = sum(math.prod(leaf.shape) for leaf in shapes.values())
+    lines.append("")
+    lines.append(f"trainable {total:,} beside {base:,} of the base ({total / max(base, 1):.2%})")
+    rest = [f"{path} [{'x'.join(map(str, leaf.shape))}]" for path, leaf in shapes.items() if path not in adapted.sites]
+    lines.append(f"not adapted ({len(rest)}): " + (", ".join(rest[:20]) + (", ..." if len(rest) > 20 else "")))
+    return "\n".join(lines)
+
+
+def _describe_axes(axes: Axes | None) -> str:
+    if axes is None:
+        return "whole"
+    parts = [",".join(map(str, group)) for group in (axes.stack, axes.inputs, axes.outputs)]
+    return "|".join(parts) + ("" if axes.kind == "linear" else f" {axes.kind}")

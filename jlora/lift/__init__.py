@@ -1,0 +1,5 @@
+"""Running a model's function with adapted weights in the places of its weights. ``core.py`` explains how."""
+
+from jlora.lift import control, layout, products  # noqa: F401  (they register the rules)
+from jlora.lift.core import MaterializeWarning as MaterializeWarning
+from jlora.lift.core import lift as lift

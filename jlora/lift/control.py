@@ -1,0 +1,234 @@
+"""Rules for equations that hold other jaxprs: entered, and rebuilt around the same interpreter.
+
+A weight that enters a scan as one of its slices brings its stacked parameters along, sliced with it. What is shared and
+the context are not sliced: they are constants of the body. A weight that is a carry or a result is formed.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+from jax.sharding import PartitionSpec
+
+from jlora import _compat
+from jlora.lift.core import Run, evaluate, is_adapted, plain_jaxpr, rule
+from jlora.weight import STACK, AdaptedWeight
+
+
+@rule(*_compat.JIT_NAMES)
+def jit(run: Run, eqn: Any, values: list) -> list | None:
+    jaxpr = eqn.params["jaxpr"]
+    constrain = lambda value, sharding: (
+        jax.lax.with_sharding_constraint(value, sharding)
+        if isinstance(sharding, jax.sharding.Sharding) and not is_adapted(value)
+        else value
+    )
+    values = list(map(constrain, values, eqn.params["in_shardings"]))
+    return list(map(constrain, evaluate(run, jaxpr, values), eqn.params["out_shardings"]))
+
+
+@rule("closed_call", "core_call")
+def call(run: Run, eqn: Any, values: list) -> list | None:
+    return evaluate(run, _compat.closed(eqn.params["call_jaxpr"]), values)
+
+
+@rule(*_compat.REMAT_NAMES)
+def remat(run: Run, eqn: Any, values: list) -> list | None:
+    jaxpr = _compat.closed(eqn.params["jaxpr"])
+
+    def body(values: list) -> tuple[list, dict]:
+        inner = run.inner()
+        return plain_jaxpr(inner, jaxpr, values, "output of a checkpointed function"), inner.aux
+
+    checkpointed = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
+    out, aux = checkpointed(values)
+    run.absorb(aux)
+    return out
+
+
+@rule("scan")
+def scan(run: Run, eqn: Any, values: list) -> list | None:
+    p = eqn.params
+    n_consts, n_carry = p["num_consts"], p["num_carry"]
+    consts, init, xs = values[:n_consts], values[n_consts : n_consts + n_carry], values[n_consts + n_carry :]
+    init = [run.materialize(v, "carry of a scan") for v in init]
+    sliced = [_Sliced.of(run, v, "scan") for v in xs]
+
+    def body(carry: list, xs: list) -> tuple[list, tuple[list, dict]]:
+        inner = run.inner(repeat=p["length"])
+        xs = [s.rebuild(x) for s, x in zip(sliced, xs, strict=True)]
+        out = plain_jaxpr(inner, p["jaxpr"], [*consts, *carry, *xs], "output of a scan's body")
+        return out[:n_carry], (out[n_carry:], inner.aux)
+
+    carry, (ys, aux) = jax.lax.scan(
+        body, init, [s.arrays for s in sliced], length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    )
+    run.absorb(aux)
+    return [*carry, *ys]
+
+
+class _Sliced:
+    """What a scan slices of a value along its leading axis, and how the body gets its value back."""
+
+    def __init__(self, arrays: Any, rebuild: Any):
+        self.arrays, self.rebuild = arrays, rebuild
+
+    @classmethod
+    def of(cls, run: Run, w: Any, where: str) -> "_Sliced":
+        if not is_adapted(w):
+            return cls(w, lambda x: x)
+        label = w.labels[0]
+        if len(label) != 1 or label[0].group not in (STACK, "axis"):
+            return cls(run.materialize(w, f"{where} along an axis that is not stacked"), lambda x: x)
+        at = w.group(STACK).index(label[0]) if label[0].group == STACK else 0
+        move = lambda leaf: jax.numpy.moveaxis(leaf, at, 0)
+        arrays = w.base, jax.tree.map(move, w.own), jax.tree.map(move, w.keys)
+
+        def rebuild(x: Any) -> AdaptedWeight:
+            base, own, keys = x
+            return AdaptedWeight(base, own, w.shared, keys, w.values, w.method, w.labels[1:], w.path)
+
+        return cls(arrays, rebuild)
+
+
+@rule("while")
+def while_loop(run: Run, eqn: Any, values: list) -> list | None:
+    p = eqn.params
+    nc, nb = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts = values[:nc], values[nc : nc + nb]
+    init = [run.materialize(v, "carry of a while loop") for v in values[nc + nb :]]
+
+    def loop(jaxpr: jex.ClosedJaxpr, consts: list, carry: list) -> list:
+        inner = run.inner()
+        out = plain_jaxpr(inner, jaxpr, [*consts, *carry], "output of a while loop's body")
+        _refuse_aux(inner, "a while loop")
+        return out
+
+    return jax.lax.while_loop(
+        lambda carry: loop(p["cond_jaxpr"], cond_consts, carry)[0],
+        lambda carry: loop(p["body_jaxpr"], body_consts, carry),
+        init,
+    )
+
+
+@rule("cond")
+def cond(run: Run, eqn: Any, values: list) -> list | None:
+    index, *operands = values
+
+    def branch(jaxpr: jex.ClosedJaxpr) -> Any:
+        def fn(operands: list) -> list:
+            inner = run.inner()
+            out = plain_jaxpr(inner, jaxpr, operands, "output of a branch")
+            _refuse_aux(inner, "a branch of a cond")
+            return out
+
+        return fn
+
+    return jax.lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], operands)
+
+
+def _refuse_aux(run: Run, where: str) -> None:
+    if run.aux:
+        raise ValueError(
+            f"aux=True, and {sorted(run.aux)} report something inside {where}, where reports have no fixed number. "
+            "Move the layer out of it, or lift without aux."
+        )
+
+
+@rule("shard_map")
+def shard_map(run: Run, eqn: Any, values: list) -> list | None:
+    """Parameters enter with the sharding of the weight's axes that they have: ``a`` with that of the in axes, and so on."""
+    p = eqn.params
+    jaxpr = _compat.closed(p["jaxpr"])
+    specs = p["in_specs"]
+    entered = [_Sharded.of(run, v, spec) for v, spec in zip(values, specs, strict=True)]
+
+    def body(*args: Any) -> tuple:
+        inner = run.inner()
+        out = plain_jaxpr(inner, jaxpr, [e.rebuild(x) for e, x in zip(entered, args, strict=True)], "output of shard_map")
+        _refuse_aux(inner, "shard_map")
+        return tuple(out)
+
+    mapped = jax.shard_map(
+        body,
+        mesh=p["mesh"],
+        in_specs=tuple(e.specs for e in entered),
+        out_specs=tuple(p["out_specs"]),
+        axis_names=frozenset(p["manual_axes"]),
+        check_vma=p["check_vma"],
+    )
+    return list(mapped(*(e.arrays for e in entered)))
+
+
+class _Sharded:
+    """How a value enters a shard_map: arrays, a spec for each, and the value of the local shards."""
+
+    def __init__(self, arrays: Any, specs: Any, rebuild: Any):
+        self.arrays, self.specs, self.rebuild = arrays, specs, rebuild
+
+    @classmethod
+    def of(cls, run: Run, w: Any, spec: PartitionSpec) -> "_Sharded":
+        same = lambda x: x
+        if not is_adapted(w):
+            return cls(w, spec, same)
+        entries = [*spec, *(None,) * (len(w.shape) - len(spec))]
+        split = {axis for axis, entry in enumerate(entries) if entry is not None}
+        groups = {atom.group for axis in split for atom in w.labels[axis]} - {STACK, "axis"}
+        if any(len(w.labels[axis]) > 1 for axis in split) or not groups <= set(w.method.sliceable):
+            return cls(run.materialize(w, f"shard_map with {spec}"), spec, same)
+        by_atom = {w.labels[axis][0]: entry for axis, entry in enumerate(entries) if len(w.labels[axis]) == 1}
+        n_stack = len(w.stack_shape)
+        stack_spec = [by_atom.get(atom) for atom in w.group(STACK)]
+
+        def enter(leaf: Any, dims: str, n_head: int) -> "_Leaf":
+            return _Leaf.of(w, leaf, dims.split(), n_head, stack_spec[:n_head], groups, by_atom)
+
+        dims = w.method.dims(w.params())
+        own = jax.tree.map(lambda leaf, d: enter(leaf, d, n_stack), w.own, dims._replace(shared=None))
+        shared = jax.tree.map(lambda leaf, d: enter(leaf, d, 0), w.shared, dims.shared)
+        leaves, treedef = jax.tree.flatten((own, shared), is_leaf=lambda x: isinstance(x, _Leaf))
+        keys_spec = jax.tree.map(lambda _: PartitionSpec(*stack_spec), w.keys)
+        values_spec = jax.tree.map(lambda _: PartitionSpec(), w.values)
+
+        def rebuild(x: Any) -> AdaptedWeight:
+            base, arrays, keys, values = x
+            own, shared = jax.tree.unflatten(treedef, [l.local(a) for l, a in zip(leaves, arrays, strict=True)])
+            labels = [
+                (label[0]._replace(size=base.shape[axis]),) if axis in split else label
+                for axis, label in enumerate(w.labels)
+            ]
+            return AdaptedWeight(base, own, shared, keys, values, w.method, tuple(labels), w.path)
+
+        arrays = w.base, [leaf.array for leaf in leaves], w.keys, w.values
+        return cls(arrays, (spec, [leaf.spec for leaf in leaves], keys_spec, values_spec), rebuild)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """A parameter on its way into a shard_map. Where a group is sharded, its flattened axis is unfolded into the
+    weight's own axes, each of which keeps its own sharding, and folded again inside."""
+
+    array: Any
+    spec: PartitionSpec
+    folds: tuple[int, ...]  # how many axes each axis of the parameter became
+
+    @classmethod
+    def of(cls, w: AdaptedWeight, leaf: Any, dims: list, n_head: int, head_spec: list, groups: set, by_atom: dict):
+        shape, spec, folds = list(leaf.shape[:n_head]), list(head_spec), [1] * n_head
+        for axis, dim in enumerate(dims, n_head):
+            atoms = w.group(dim) if dim in groups else []
+            if atoms:  # what a group shares may be longer than this weight's part of it
+                leaf = jax.lax.slice_in_dim(leaf, 0, math.prod(atom.size for atom in atoms), axis=axis)
+            shape += [atom.size for atom in atoms] or [leaf.shape[axis]]
+            spec += [by_atom.get(atom) for atom in atoms] or [None]
+            folds.append(len(atoms) or 1)
+        return cls(leaf.reshape(shape), PartitionSpec(*spec), tuple(folds))
+
+    def local(self, array: Any) -> Any:
+        shape, sizes = [], list(array.shape)
+        for n in self.folds:
+            shape.append(math.prod(sizes[:n]))
+            del sizes[:n]
+        return array.reshape(shape)

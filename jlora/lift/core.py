@@ -1,0 +1,295 @@
+"""The interpreter that runs a function with adapted weights where it expects arrays.
+
+How it works, for someone who has never written one. JAX can trace a Python function into a jaxpr: a flat list of
+equations, each a primitive applied to variables. ``lift(f)`` traces ``f`` with ordinary arrays in the adapted weights'
+places, then walks the equations and computes them again, this time with the adapted weights themselves in the
+environment. Three things can happen at an equation:
+
+1. No operand is adapted: JAX evaluates it. Neighbouring equations of this kind are handed over together.
+2. An operand is adapted and there is a rule for the primitive (``layout.py``, ``products.py``, ``control.py``): the
+   rule carries the weight along, consumes it in a product through its method, or enters a loop's body with it.
+3. There is no rule, or the rule does not apply: the effective weight is formed, once, and said so.
+
+All of this happens while tracing. What is compiled in the end is a program like one written by hand.
+"""
+
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+
+from jlora import _compat
+from jlora.weight import IN, AdaptedWeight, Context
+
+
+class MaterializeWarning(UserWarning):
+    """An effective weight was formed where a low-rank product would have been expected."""
+
+
+Rule = Callable[["Run", Any, list], "list | None"]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*primitives: str) -> Callable[[Rule], Rule]:
+    """Register a rule: ``(run, equation, operands) -> results``, or None where it does not apply."""
+
+    def register(fn: Rule) -> Rule:
+        for name in primitives:
+            RULES[name] = fn
+        return fn
+
+    return register
+
+
+@dataclasses.dataclass
+class Run:
+    """One evaluation of a jaxpr: the options, and what it reports.
+
+    Attributes:
+      on_materialize: "warn", "error" or "silent".
+      implementation: handed to the kernels.
+      collect: whether methods' reports are wanted. Loops then return them as outputs.
+      observe: for ``usage``: called with every use of a weight instead of adapting it.
+      aux: path -> what its method reported, in the order of its uses.
+      repeat: how often the equations run that are being evaluated (the lengths of the scans around them).
+      seen: (path, primitive) of materializations already reported, shared by all runs of one trace.
+      uses: path -> number of uses so far; gives every use of one weight its own random key.
+    """
+
+    on_materialize: str = "warn"
+    implementation: str | None = None
+    collect: bool = False
+    observe: Callable[..., None] | None = None
+    aux: dict[str, list] = dataclasses.field(default_factory=dict)
+    repeat: int = 1
+    seen: set = dataclasses.field(default_factory=set)
+    uses: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def inner(self, repeat: int = 1) -> "Run":
+        """The run of a loop's body: same options, its own reports."""
+        return dataclasses.replace(self, aux={}, repeat=self.repeat * repeat)
+
+    def report(self, path: str, aux: Any) -> None:
+        if self.collect and aux is not None:
+            self.aux.setdefault(path, []).append(aux)
+
+    def absorb(self, aux: dict[str, list]) -> None:
+        for path, values in aux.items():
+            self.aux.setdefault(path, []).extend(values)
+
+    def context(self, w: AdaptedWeight) -> Context:
+        """The context of the next use of a weight. Keys have the stack axes of the weight."""
+        use = self.uses[w.path] = self.uses.get(w.path, -1) + 1
+        keys = w.keys
+        if keys is not None and use:
+            fold = lambda key: jax.random.fold_in(key, use)
+            for _ in keys.shape:
+                fold = jax.vmap(fold)
+            keys = fold(keys)
+        return Context(keys, w.values, self.implementation)
+
+    def materialize(self, w: Any, where: str) -> Any:
+        """The effective weight of an adapted value; other values as they are."""
+        if not isinstance(w, AdaptedWeight):
+            return w
+        if self.observe is not None:
+            self.observe(w, where)
+            return w.base
+        # A single row that was looked up is an activation already: forming it is the low-rank path.
+        is_row = math.prod(atom.size for atom in w.group(IN)) == 1
+        if self.on_materialize != "silent" and not is_row and (w.path, where) not in self.seen:
+            self.seen.add((w.path, where))
+            message = (
+                f"The effective weight of {w.path!r} {w.shape} was formed for {where!r}, which has no low-rank form "
+                f"with this weight: it costs a temporary of the weight's size, and its gradient a full matrix product."
+            )
+            if self.on_materialize == "error":
+                raise ValueError(
+                    message + " It was refused since on_materialize='error'. Leave the path out of the targets, "
+                    "change how the model uses it, or pass on_materialize='silent' if the cost is fine."
+                )
+            warnings.warn(
+                message + " lift(..., on_materialize='silent') accepts it, 'error' refuses it.",
+                MaterializeWarning,
+                stacklevel=2,
+            )
+        return w.materialize()
+
+
+def is_adapted(x: Any) -> bool:
+    return isinstance(x, AdaptedWeight)
+
+
+def plain(eqn: Any, values: Sequence[Any]) -> list:
+    """Evaluate one equation on arrays, through JAX's own evaluation of a jaxpr."""
+    given = {var: value for var, value in zip(eqn.invars, values, strict=True) if not isinstance(var, jex.Literal)}
+    return jex.jaxpr_as_fun(_compat.sub_jaxpr(list(given), eqn.outvars, [eqn]))(*given.values())
+
+
+def evaluate(run: Run, jaxpr: jex.ClosedJaxpr, args: Sequence[Any]) -> list:
+    """Evaluate a jaxpr on values of which some are adapted weights. The results may be adapted, too."""
+    if not any(map(is_adapted, args)):
+        return jex.jaxpr_as_fun(jaxpr)(*args)
+    closed, jaxpr = jaxpr, jaxpr.jaxpr
+    env: dict[Any, Any] = {}
+    env.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    env.update(zip(jaxpr.invars, args, strict=True))
+    is_var = lambda v: not isinstance(v, jex.Literal)
+    read = lambda v: env[v] if is_var(v) else v.val
+
+    last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if is_var(v)}
+    last_use.update((v, len(jaxpr.eqns)) for v in jaxpr.outvars if is_var(v))
+    pending: list[Any] = []  # equations without adapted operands, not evaluated yet
+
+    def flush(now: int) -> None:
+        """Evaluate the pending equations as one sub-jaxpr; keep what is used from equation ``now`` on."""
+        if not pending:
+            return
+        made = {v for eqn in pending for v in eqn.outvars}
+        needs = list(dict.fromkeys(v for eqn in pending for v in eqn.invars if is_var(v) and v not in made))
+        keeps = [v for eqn in pending for v in eqn.outvars if last_use.get(v, -1) >= now]
+        fn = jex.jaxpr_as_fun(_compat.sub_jaxpr(needs, keeps, pending))
+        env.update(zip(keeps, fn(*map(read, needs)), strict=True))
+        pending.clear()
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        if not any(is_var(v) and is_adapted(env.get(v)) for v in eqn.invars):
+            pending.append(eqn)
+            continue
+        flush(i)
+        env.update(zip(eqn.outvars, step(run, eqn, list(map(read, eqn.invars))), strict=True))
+    flush(len(jaxpr.eqns))
+    return list(map(read, jaxpr.outvars))
+
+
+def step(run: Run, eqn: Any, values: list) -> list:
+    """One equation with at least one adapted operand."""
+    fn = RULES.get(eqn.primitive.name)
+    results = None if fn is None else fn(run, eqn, values)
+    if results is None:
+        results = plain(eqn, [run.materialize(v, eqn.primitive.name) for v in values])
+    return results
+
+
+def plain_jaxpr(run: Run, jaxpr: jex.ClosedJaxpr, args: Sequence[Any], where: str) -> list:
+    """``evaluate``, with every result an array."""
+    return [run.materialize(out, where) for out in evaluate(run, jaxpr, args)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """The arguments that are not arrays, and the structure of all. Hashable: part of the key of the compiled function."""
+
+    treedef: Any
+    leaves: tuple[Any, ...]  # _ARRAY where an array goes
+
+
+class _Array:
+    def __repr__(self):
+        return "<array>"
+
+
+_ARRAY = _Array()
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, jax.ShapeDtypeStruct)) or hasattr(x, "__array__") and hasattr(x, "dtype")
+
+
+def trace(fn: Callable, args: tuple, kwargs: dict) -> tuple[jex.ClosedJaxpr, Any, list]:
+    """(jaxpr, tree of results, operands): ``fn`` traced with the bases of adapted weights in their places."""
+    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+    operands = [leaf for leaf in leaves if is_adapted(leaf) or _is_array(leaf)]
+    where = [i for i, leaf in enumerate(leaves) if is_adapted(leaf) or _is_array(leaf)]
+
+    def flat(*arrays):
+        full = list(leaves)
+        for i, array in zip(where, arrays, strict=True):
+            full[i] = array
+        args, kwargs = jax.tree.unflatten(treedef, full)
+        return fn(*args, **kwargs)
+
+    bases = [leaf.base if is_adapted(leaf) else leaf for leaf in operands]
+    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*bases)
+    return jaxpr, jax.tree.structure(out), operands
+
+
+def run_traced(run: Run, fn: Callable, args: tuple, kwargs: dict) -> Any:
+    jaxpr, out_tree, operands = trace(fn, args, kwargs)
+    return jax.tree.unflatten(out_tree, plain_jaxpr(run, jaxpr, operands, "output"))
+
+
+def lift(
+    fn: Callable,
+    *,
+    aux: bool = False,
+    on_materialize: str = "warn",
+    implementation: str | None = None,
+) -> Callable:
+    """Make a function accept adapted weights wherever it accepts arrays.
+
+    >>> apply = jlora.lift(model.apply)
+    >>> logits = apply({"params": adapted.bind(trainable)}, ids)
+
+    The function stays as it is: what it does with a weight decides how the adaptation is computed. A product, a
+    convolution, an embedding lookup or a ragged product takes the method's low-rank path; layout changes, scans, remat,
+    ``jit`` and ``shard_map`` around it are entered. Anything else forms the effective weight: always correct, never
+    silent. The result composes with ``jit``, ``grad``, ``vmap`` and sharding like the function itself.
+
+    Args:
+      fn: any function of pytrees that JAX can trace. Arguments that are not arrays (flags, strings, None, numbers)
+        are static and must be hashable; a new value traces anew.
+      aux: also return what methods report (balancing losses, statistics): ``(fn's result, {path: [report, ...]})``,
+        one report a use, stacked along a leading axis by a scan.
+      on_materialize: when an effective weight is formed, "warn" (once a weight and primitive), "error" or be "silent".
+      implementation: which form of the kernels to use; see ``jlora.kernels``. None lets them choose; "plain" is the
+        one with forward-mode derivatives.
+
+    Returns:
+      A function of the same arguments. It traces ``fn`` once for each structure, shape, dtype and static argument, as
+      ``jax.jit`` does, so that calling it outside of ``jit`` is not slow.
+
+    A function with a custom derivative that takes an adapted weight itself is given the effective weight, since its
+    derivative is defined for a weight and for nothing else. (Attention and the like, which take activations, are
+    unaffected.)
+    """
+    if on_materialize not in ("warn", "error", "silent"):
+        raise ValueError(f"on_materialize is 'warn', 'error' or 'silent'; got {on_materialize!r}.")
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def compiled(static: _Static, arrays: list) -> Any:
+        arrays = iter(arrays)
+        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in static.leaves]
+        args, kwargs = jax.tree.unflatten(static.treedef, leaves)
+        run = Run(on_materialize, implementation, collect=aux)
+        out = run_traced(run, fn, args, kwargs)
+        return (out, run.aux) if aux else out
+
+    @functools.wraps(fn)
+    def lifted(*args, **kwargs):
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        static = _Static(treedef, tuple(_ARRAY if _is_array(leaf) else leaf for leaf in leaves))
+        try:
+            hash(static)
+        except TypeError as error:
+            bad = next(leaf for leaf in static.leaves if not _hashable(leaf))
+            raise TypeError(
+                f"{getattr(fn, '__name__', fn)} was lifted and called with {bad!r} of type {type(bad).__name__}, which "
+                "is neither an array nor hashable. Close over it, or pass it as an array."
+            ) from error
+        return compiled(static, [leaf for leaf in leaves if _is_array(leaf)])
+
+    return lifted
+
+
+def _hashable(x: Any) -> bool:
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True

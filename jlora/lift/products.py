@@ -1,0 +1,391 @@
+"""Rules for the products that consume a weight: here, and only here, a method's forward runs.
+
+Each rule checks that the product contracts the whole in group (or the whole out group: a tied head, ``x @ W.T``), brings
+the activation to canonical form, hands the method a ``Dot`` for this kind of product, and gives the result the shape
+and axis order that the equation promised.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jlora.factors import Factors
+from jlora.kernels import lora_linear
+from jlora.lift.core import Run, is_adapted, plain, rule
+from jlora.weight import IN, OUT, STACK, AdaptedWeight, Atom, Context, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A use of a weight, for ``usage``: the atoms contracted (or looked up), batched over, and produced."""
+
+    kind: str
+    contracted: frozenset[Atom]
+    batched: frozenset[Atom]
+    produced: frozenset[Atom]
+    flops: float
+
+
+def _atoms(w: AdaptedWeight, axes: Sequence[int]) -> list[Atom]:
+    return [atom for axis in axes for atom in w.labels[axis]]
+
+
+def _observe(run: Run, w: AdaptedWeight, kind: str, contracted, batched, produced, flops: float) -> None:
+    sets = [frozenset(_atoms(w, axes)) for axes in (contracted, batched, produced)]
+    run.observe(w, Use(kind, *sets, flops * run.repeat))
+
+
+class _Branch:
+    """What all kinds of products share: the factored branch composed of ``inner`` and ``outer``."""
+
+    def per_matrix(self, fn: Callable, w: Array, p: Params) -> Any:
+        return fn(w, p)
+
+    def per_output(self, y: Array, g: Array) -> Array:
+        return y * g.astype(y.dtype)
+
+    def factored(self, x: Array, w: Array, f: Factors, context: Context) -> Array:
+        return self(x, w) + self.outer(self.inner(x, f.a) * f.scale, f.b)
+
+
+# Matrix products.
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearDot(_Branch):
+    """x [..., in] times [in, out]."""
+
+    precision: Any
+    preferred: Any
+    kind: str = "linear"
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        return _matmul(x, w, self.precision, self.preferred)
+
+    def inner(self, x: Array, a: Array) -> Array:
+        return _matmul(x, a.astype(x.dtype), self.precision, None)
+
+    def outer(self, h: Array, b: Array) -> Array:
+        return _matmul(h, b.astype(h.dtype), self.precision, self.preferred)
+
+    def factored(self, x: Array, w: Array, f: Factors, context: Context) -> Array:
+        return lora_linear(
+            x,
+            w,
+            f.a,
+            f.b,
+            f.scale,
+            implementation=context.implementation,
+            precision=self.precision,
+            preferred_element_type=self.preferred,
+        )
+
+
+def _matmul(x: Array, w: Array, precision: Any, preferred: Any) -> Array:
+    return lax.dot_general(
+        x, w, (((x.ndim - 1,), (0,)), ((), ())), precision=precision, preferred_element_type=preferred
+    )
+
+
+@rule("dot_general")
+def dot_general(run: Run, eqn: Any, values: list) -> list | None:
+    lhs, rhs = values
+    if is_adapted(lhs) and is_adapted(rhs):
+        lhs = run.materialize(lhs, "dot_general of two adapted weights")
+    ((lc, rc), (lb, rb)) = eqn.params["dimension_numbers"]
+    (w, wc, wb, x, xc, xb) = (rhs, rc, rb, lhs, lc, lb) if is_adapted(rhs) else (lhs, lc, lb, rhs, rc, rb)
+    free = [axis for axis in range(len(w.shape)) if axis not in wc and axis not in wb]
+    if run.observe is not None:
+        flops = 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(w.shape[a] for a in wc)
+        _observe(run, w, "linear", wc, wb, free, flops)
+        return plain(eqn, [v.base if is_adapted(v) else v for v in (lhs, rhs)])
+    if not jnp.issubdtype(x.dtype, jnp.floating) or set(_atoms(w, wb)) != set(w.group(STACK)):
+        return None
+    contracted = set(_atoms(w, wc))
+    transposed = contracted == set(w.group(OUT)) and contracted != set(w.group(IN))
+    if not transposed and contracted != set(w.group(IN)):
+        return None
+    if transposed and w.method.lookup_only:
+        return plain(eqn, [w.base if v is w else v for v in (lhs, rhs)])
+
+    # The activation as [*stack, ..., contracted], in canonical order.
+    n_free = len(x.shape) - len(xc) - len(xb)
+    x_free = [axis for axis in range(len(x.shape)) if axis not in xc and axis not in xb]
+    x = x.transpose([*xb, *x_free, *xc]) if (*xb, *x_free, *xc) != tuple(range(len(x.shape))) else x
+    x = _to_canonical(x, len(xb) + n_free, [w.labels[a] for a in wc], flatten=True)
+    x = _to_canonical(x, 0, [w.labels[a] for a in wb], flatten=False)
+
+    dot = LinearDot(eqn.params["precision"], eqn.params["preferred_element_type"], "transposed" if transposed else "linear")
+    y = _apply(run, w, dot, x, transposed)
+
+    # From [*stack, ..., produced] to the order of the equation: batch, free of lhs, free of rhs.
+    y = _from_canonical(y, y.ndim - 1, [w.labels[a] for a in free], [w.shape[a] for a in free])
+    y = _from_canonical(y, 0, [w.labels[a] for a in wb], [w.shape[a] for a in wb], n=len(w.group(STACK)))
+    if w is lhs:
+        n_batch, n_w = len(wb), len(free)
+        y = jnp.moveaxis(y, range(n_batch + n_free, n_batch + n_free + n_w), range(n_batch, n_batch + n_w))
+    out = eqn.params.get("out_sharding")
+    return [y if out is None else jax.reshard(y, out)]
+
+
+def _apply(run: Run, w: AdaptedWeight, dot: Any, x: Array, transposed: bool) -> Array:
+    """The method's forward on canonical operands, mapped over the stack axes."""
+    ctx = run.context(w)
+
+    def one(x: Array, base: Array, own: Params, key: Any) -> tuple[Array, Any]:
+        p, c = own._replace(shared=w.shared), dataclasses.replace(ctx, key=key)
+        if transposed:
+            return w.method.forward_transposed(dot, x, base.T, p, c), None
+        return w.method.forward(dot, x, base, p, c)
+
+    for _ in w.stack_shape:
+        one = jax.vmap(one)
+    y, aux = one(x, w.canonical(), w.own, ctx.key)
+    run.report(w.path, aux)
+    return y
+
+
+def _to_canonical(x: Array, start: int, labels: Sequence[tuple[Atom, ...]], flatten: bool) -> Array:
+    """Bring the axes of x from ``start`` on, which match the labels, to the canonical order of their atoms."""
+    atoms = [atom for label in labels for atom in label]
+    order = sorted(atoms)
+    head, tail = x.shape[:start], x.shape[start + len(labels) :]
+    if atoms != order:
+        x = x.reshape(*head, *(atom.size for atom in atoms), *tail)
+        perm = [start + atoms.index(atom) for atom in order]
+        x = x.transpose([*range(start), *perm, *range(start + len(atoms), x.ndim)])
+    middle = [math.prod(atom.size for atom in atoms)] if flatten else [atom.size for atom in order]
+    shape = (*head, *middle, *tail)
+    return x if x.shape == shape else x.reshape(shape)
+
+
+def _from_canonical(
+    y: Array, start: int, labels: Sequence[tuple[Atom, ...]], sizes: Sequence[int], n: int = 1
+) -> Array:
+    """The inverse: ``n`` axes of y from ``start`` on become axes of the given sizes, in the order of the labels."""
+    atoms = [atom for label in labels for atom in label]
+    order = sorted(atoms)
+    head, tail = y.shape[:start], y.shape[start + n :]
+    if atoms != order:
+        y = y.reshape(*head, *(atom.size for atom in order), *tail)
+        perm = [start + order.index(atom) for atom in atoms]
+        y = y.transpose([*range(start), *perm, *range(start + len(atoms), y.ndim)])
+    shape = (*head, *sizes, *tail)
+    return y if y.shape == shape else y.reshape(shape)
+
+
+# Ragged products: rows of x sorted by expert, a matrix for each expert.
+
+
+@dataclasses.dataclass(frozen=True)
+class RaggedDot(_Branch):
+    """x [rows, in] times [experts, in, out], row by row with the expert of its group."""
+
+    group_sizes: Array
+    precision: Any
+    preferred: Any
+    kind: str = "ragged"
+
+    def _dot(self, x: Array, w: Array, preferred: Any) -> Array:
+        return lax.ragged_dot(x, w, self.group_sizes, precision=self.precision, preferred_element_type=preferred)
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        return self._dot(x, w, self.preferred)
+
+    def inner(self, x: Array, a: Array) -> Array:
+        return self._dot(x, a.astype(x.dtype), None)
+
+    def outer(self, h: Array, b: Array) -> Array:
+        return self._dot(h, b.astype(h.dtype), self.preferred)
+
+    def per_matrix(self, fn: Callable, w: Array, p: Params) -> Any:
+        return jax.vmap(lambda w, own: fn(w, own._replace(shared=p.shared)))(w, p._replace(shared=None))
+
+    def per_output(self, y: Array, g: Array) -> Array:
+        rows = jnp.repeat(g.astype(y.dtype), self.group_sizes, axis=0, total_repeat_length=y.shape[0])
+        return y * rows
+
+
+@rule("ragged_dot_general", "ragged_dot")
+def ragged_dot(run: Run, eqn: Any, values: list) -> list | None:
+    x, w, group_sizes = values
+    numbers = eqn.params.get("ragged_dot_dimension_numbers")
+    if is_adapted(x) or not is_adapted(w) or is_adapted(group_sizes) or eqn.params.get("group_offset") is not None:
+        return None
+    if numbers is not None and (
+        numbers.dot_dimension_numbers != (((1,), (1,)), ((), ()))
+        or tuple(numbers.lhs_ragged_dimensions) != (0,)
+        or tuple(numbers.rhs_group_dimensions) != (0,)
+    ):
+        return None
+    if run.observe is not None:
+        _observe(run, w, "ragged", (1,), (0,), (2,), 2.0 * x.shape[0] * w.shape[1] * w.shape[2])
+        return plain(eqn, [x, w.base, group_sizes])
+    groups = [set(_atoms(w, (axis,))) for axis in range(3)]
+    if groups != [set(w.group(STACK)), set(w.group(IN)), set(w.group(OUT))] or len(w.stack_shape) != 1:
+        return None
+    ctx = run.context(w)
+    ctx = dataclasses.replace(ctx, key=None if ctx.key is None else ctx.key[0])
+    dot = RaggedDot(group_sizes, eqn.params["precision"], eqn.params["preferred_element_type"])
+    y, aux = w.method.forward(dot, x, w.canonical(), w.params(), ctx)
+    run.report(w.path, aux)
+    return [y]
+
+
+# Convolutions.
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvDot(_Branch):
+    """x convolved with a kernel whose canonical form is [window * in / groups, out]."""
+
+    weight: AdaptedWeight
+    canonical: Array
+    params: dict[str, Any]
+    kind: str = "conv"
+
+    def _conv(self, x: Array, kernel: Array, preferred: Any) -> Array:
+        p = self.params
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            p["window_strides"],
+            p["padding"],
+            lhs_dilation=p["lhs_dilation"],
+            rhs_dilation=p["rhs_dilation"],
+            dimension_numbers=p["dimension_numbers"],
+            feature_group_count=p["feature_group_count"],
+            precision=p["precision"],
+            preferred_element_type=preferred,
+        )
+
+    @property
+    def _features(self) -> int:
+        """The axis of the result that holds the output features."""
+        return self.params["dimension_numbers"].out_spec[1]
+
+    def __call__(self, x: Array, w: Array) -> Array:
+        kernel = self.weight.base if w is self.canonical else self._kernel(w)
+        return self._conv(x, kernel, self.params["preferred_element_type"])
+
+    def _kernel(self, w: Array) -> Array:
+        """A matrix [window * in, k] in the layout of the kernel, k in the place of the output features."""
+        labels = self.weight.labels
+        flat = [atom for label in labels for atom in label if atom.group == IN]
+        order = sorted(flat)
+        w = w.reshape(*(atom.size for atom in order), w.shape[-1])
+        w = w.transpose(*(order.index(atom) for atom in flat), w.ndim - 1)
+        out_axis = self.params["dimension_numbers"].rhs_spec[0]
+        sizes = [size for axis, size in enumerate(self.weight.shape) if axis != out_axis]
+        return jnp.moveaxis(w.reshape(*sizes, w.shape[-1]), -1, out_axis)
+
+    def inner(self, x: Array, a: Array) -> Array:
+        groups = self.params["feature_group_count"]
+        return self._conv(x, self._kernel(jnp.tile(a.astype(x.dtype), (1, groups))), None)
+
+    def outer(self, h: Array, b: Array) -> Array:
+        groups, (r, n_out) = self.params["feature_group_count"], b.shape
+        h = jnp.moveaxis(h, self._features, -1)
+        h = h.reshape(*h.shape[:-1], groups, r)
+        b = b.astype(h.dtype).reshape(r, groups, n_out // groups)
+        y = jnp.einsum(
+            "...gr,rgo->...go",
+            h,
+            b,
+            precision=self.params["precision"],
+            preferred_element_type=self.params["preferred_element_type"],
+        )
+        return jnp.moveaxis(y.reshape(*y.shape[:-2], n_out), -1, self._features)
+
+    def per_output(self, y: Array, g: Array) -> Array:
+        shape = [1] * y.ndim
+        shape[self._features] = g.shape[0]
+        return y * g.astype(y.dtype).reshape(shape)
+
+
+@rule("conv_general_dilated")
+def conv_general_dilated(run: Run, eqn: Any, values: list) -> list | None:
+    x, w = values
+    if is_adapted(x) or not is_adapted(w):
+        return None
+    spec = eqn.params["dimension_numbers"].rhs_spec
+    out_axis, in_axes = spec[0], sorted(spec[1:])
+    if run.observe is not None:
+        flops = 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(w.shape[a] for a in in_axes)
+        _observe(run, w, "conv", in_axes, (), (out_axis,), flops)
+        return plain(eqn, [x, w.base])
+    fits = set(_atoms(w, (out_axis,))) == set(w.group(OUT)) and set(_atoms(w, in_axes)) == set(w.group(IN))
+    if not fits or w.stack_shape or eqn.params["batch_group_count"] != 1:
+        return None
+    canonical = w.canonical()
+    y, aux = w.method.forward(ConvDot(w, canonical, eqn.params), x, canonical, w.params(), run.context(w))
+    run.report(w.path, aux)
+    return [y]
+
+
+# Embedding lookups.
+
+
+@dataclasses.dataclass(frozen=True)
+class LookupDot(_Branch):
+    """Row lookup: x holds row numbers [..., 1]; out-of-bounds rows are treated as the model's gather treats them."""
+
+    params: dict[str, Any]
+    kind: str = "lookup"
+
+    def _rows(self, ids: Array, table: Array, fill: Any) -> Array:
+        n = ids.ndim - 1
+        numbers = lax.GatherDimensionNumbers(offset_dims=(n,), collapsed_slice_dims=(0,), start_index_map=(0,))
+        return lax.gather(
+            table,
+            ids,
+            numbers,
+            slice_sizes=(1, table.shape[1]),
+            indices_are_sorted=self.params["indices_are_sorted"],
+            unique_indices=self.params["unique_indices"],
+            mode=self.params["mode"],
+            fill_value=fill,
+        )
+
+    def __call__(self, ids: Array, w: Array) -> Array:
+        return self._rows(ids, w, self.params["fill_value"])
+
+    def inner(self, ids: Array, a: Array) -> Array:
+        return self._rows(ids, a, 0)  # the base's row already carries the fill
+
+    def outer(self, h: Array, b: Array) -> Array:
+        return h @ b.astype(h.dtype)
+
+    def factored(self, ids: Array, w: Array, f: Factors, context: Context) -> Array:
+        return self(ids, w) + (self.outer(self.inner(ids, f.a), f.b) * f.scale).astype(w.dtype)
+
+
+@rule("gather")
+def gather(run: Run, eqn: Any, values: list) -> list | None:
+    w, ids = values
+    if not is_adapted(w) or is_adapted(ids):
+        return None
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if len(numbers.start_index_map) != 1 or tuple(numbers.collapsed_slice_dims) != tuple(numbers.start_index_map):
+        return None
+    (axis,) = numbers.start_index_map
+    rest = [a for a in range(len(w.shape)) if a != axis]
+    if numbers.operand_batching_dims or any(sizes[a] != w.shape[a] for a in rest):
+        return None
+    if run.observe is not None:
+        _observe(run, w, "lookup", (axis,), (), rest, 0.0)
+        return plain(eqn, [w.base, ids])
+    if set(_atoms(w, (axis,))) != set(w.group(IN)) or w.stack_shape:
+        return None
+    dot = LookupDot(eqn.params)
+    y, aux = w.method.forward(dot, ids, w.canonical(), w.params(), run.context(w))
+    run.report(w.path, aux)
+    y = _from_canonical(y, y.ndim - 1, [w.labels[a] for a in rest], [w.shape[a] for a in rest])
+    n = ids.ndim - 1
+    return [jnp.moveaxis(y, range(n, y.ndim), numbers.offset_dims)]

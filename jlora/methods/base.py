@@ -1,0 +1,163 @@
+"""What a method is: a frozen dataclass of hyper-parameters with pure functions.
+
+Three forms. A method implements the cheapest that is exact.
+
+* Factored: override ``factors``, and ``output_gain`` where the columns are rescaled. The forward pass, the transposed
+  one, the effective weight and merging follow.
+* Weight-space: override ``weight``, and ``forward`` where there is a cheaper way than ``x @ weight(w)``.
+* Activation-space: override ``forward``; say by ``mergeable = False`` that there is no weight to merge.
+
+All functions see one matrix: ``w`` is ``[in, out]``, parameters have no stack axes. Layers of a scan and experts are
+mapped over by the caller. Shapes below leave the stack axes out.
+"""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from jlora.factors import Factors
+from jlora.weight import Axes, Context, Dot, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted leaf: its method and which of its axes are what. Static, hashable.
+
+    Attributes:
+      method: the method that adapts the leaf.
+      axes: None for a leaf that is replaced as a whole (``Full``, ``Offset``).
+      shape: the leaf's shape.
+    """
+
+    method: "Method"
+    axes: Axes | None
+    shape: tuple[int, ...]
+
+    @property
+    def canonical_shape(self) -> tuple[tuple[int, ...], int, int]:
+        """(stack sizes, in, out)."""
+        return self.axes.canonical_shape(self.shape)
+
+    @property
+    def stack(self) -> int:
+        """How many matrices the leaf holds."""
+        return math.prod(self.canonical_shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Base of all methods; see the module's docstring for what to override.
+
+    Class attributes:
+      mergeable: whether the adapted weight is a weight.
+      whole_leaf: the method replaces the leaf itself (any shape) before the model sees it, instead of standing in for a
+        matrix at the products that use it.
+      sliceable: the groups ("in", "out") along which a slice of the adapted weight is the method on sliced parameters.
+      lookup_only: adapt only the lookups of an embedding, not its use as an output head.
+      group: name of the parameters shared by all leaves of this method, or None.
+      dropout: rate on the input of a factored branch; active exactly when the tree was bound with a key.
+    """
+
+    mergeable: ClassVar[bool] = True
+    whole_leaf: ClassVar[bool] = False
+    sliceable: ClassVar[frozenset[str]] = frozenset()
+    lookup_only: ClassVar[bool] = False
+    group: ClassVar[str | None] = None
+    dropout: ClassVar[float] = 0.0
+
+    # Creation.
+
+    def check(self, site: Site) -> str | None:
+        """What is wrong with this method on a leaf of this shape, in words; None if nothing is."""
+
+    def init(self, key: PRNGKeyArray, w: Float[Array, "in out"], site: Site, dtype: Any) -> Params:
+        """Trainable and frozen parameters for one matrix."""
+        raise NotImplementedError(f"{type(self).__name__} does not define init.")
+
+    def init_stack(self, site: Site, dtype: Any) -> Any:
+        """Frozen parameters ``[*stack, ...]`` that differ along the stack and are known from the configuration."""
+
+    def init_shared(self, key: PRNGKeyArray, sites: dict[str, Site], dtype: Any) -> Params:
+        """Trainable and frozen parameters of the group, for all the leaves together."""
+        raise NotImplementedError(f"{type(self).__name__} has a group but does not define init_shared.")
+
+    def count(self, site: Site) -> int:
+        """Trainable parameters of one leaf, by the paper's formula (what the group shares not included)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define count.")
+
+    def dims(self, p: Params) -> Params:
+        """Names of the axes of every parameter, as a tree like ``p`` with a string for each leaf: the words "in", "out"
+        and "rank", and "_" for anything else."""
+        raise NotImplementedError(f"{type(self).__name__} does not define dims.")
+
+    # Use.
+
+    def factors(self, w: Float[Array, "in out"], p: Params) -> Factors | None:
+        """The pair whose product is added to the weight (w is there for its shape). Factored methods override this."""
+
+    def output_gain(self, w: Float[Array, "in out"], p: Params) -> Float[Array, " out"] | None:
+        """What multiplies the columns of (w + product of the factors), or None for ones."""
+
+    def weight(self, w: Float[Array, "in out"], p: Params) -> Float[Array, "in out"]:
+        """The effective weight, in the dtype of w. Weight-space methods override this."""
+        f, gain = self.factors(w, p), self.output_gain(w, p)
+        if f is None:
+            raise NotImplementedError(f"{type(self).__name__} defines neither factors nor weight.")
+        w = w + f.scale * (f.a.astype(w.dtype) @ f.b.astype(w.dtype))
+        return w if gain is None else w * gain.astype(w.dtype)
+
+    def forward(self, dot: Dot, x: Array, w: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
+        """(x times the effective weight, what the method reports or None)."""
+        f = dot.per_matrix(self.factors, w, p)
+        if f is None:
+            return dot(x, dot.per_matrix(self.weight, w, p)), None
+        if ctx.key is not None and self.dropout > 0.0 and dot.kind != "lookup":
+            y = dot(x, w) + dot.outer(dot.inner(dropout(x, self.dropout, ctx.key), f.a) * f.scale, f.b)
+        else:
+            y = dot.factored(x, w, f, ctx)
+        gain = dot.per_matrix(self.output_gain, w, p)
+        return (y if gain is None else dot.per_output(y, gain)), None
+
+    def forward_transposed(self, dot: Dot, x: Array, wt: Float[Array, "out in"], p: Params, ctx: Context) -> Array:
+        """x times the transposed effective weight, given ``wt = w.T``. Dropout has no part in it."""
+        w = wt.T
+        f, gain = self.factors(w, p), self.output_gain(w, p)
+        if f is None:
+            return dot(x, self.weight(w, p).T)
+        x = x if gain is None else x * gain.astype(x.dtype)
+        return dot.factored(x, wt, f.swap(), ctx)
+
+    # What people read.
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def describe(self) -> dict[str, str]:
+        """Columns of ``jlora.summary``: rank and scale, where the method has them."""
+        return {}
+
+
+def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
+    """Inverted dropout. The identity when there is no key."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+
+
+def check_rank(rank: int, site: Site) -> str | None:
+    """The rule for factored methods whose rank cannot usefully exceed the matrix's."""
+    _, n_in, n_out = site.canonical_shape
+    if rank > min(n_in, n_out):
+        return f"rank {rank} is above min(in, out) = {min(n_in, n_out)}; choose a rank of at most {min(n_in, n_out)}"
+    return None
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

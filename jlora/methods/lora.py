@@ -1,0 +1,153 @@
+r"""LoRA: a trainable low-rank matrix beside a frozen weight.
+
+LoRA: Low-Rank Adaptation of Large Language Models. Hu et al., 2021. https://arxiv.org/abs/2106.09685
+rsLoRA: A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA. Kalajdzievski, 2023. https://arxiv.org/abs/2312.03732
+
+.. math::  y = x W + s\,(\mathrm{drop}(x) A) B, \qquad s = \alpha / r \quad (\text{rsLoRA: } s = \alpha / \sqrt r)
+
+x [..., in], W [in, out] frozen, A [in, r], B [r, out] trained. Trained: r (in + out) a matrix.
+
+* A linear weight starts with A uniform in +-1/sqrt(in) and B = 0; an embedding the other way round, A = 0 and B normal
+  with deviation 1: then a row of A that was never looked up stays zero, and so does its part of the table.
+* A convolution's A is a convolution with r outputs (window, strides, padding and dilation of the base), B is 1x1. With
+  feature groups each group applies the same A to its own inputs; PEFT, which has one A a group there, differs.
+* Experts [E, in, out] and scanned layers [L, in, out] have a pair each.
+
+When to use it: always first. It costs 6 T r (in + out) FLOPs on top of the frozen model's 4 T in out for T tokens and
+merges without a trace.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from jlora.factors import Factors
+from jlora.methods.base import Method, Site, check_rank, require
+from jlora.weight import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA(Method):
+    """Low-rank adaptation. The formula, shapes and papers are at the top of this file.
+
+    Parameters of a leaf: trainable ``Factors(a [*stack, in, r], b [*stack, r, out])``. With ``ranks`` or ``alphas``
+    the scales are an array, frozen ``{"scale": [*stack]}``, and the pair's own static scale is 1.
+
+    Attributes:
+      rank: r. More rank fits more, costs more, and with alpha / r scaling does not learn faster.
+      alpha: numerator of the scale. Raising it is close to raising the learning rate of the branch.
+      rslora: divide by sqrt(r) instead of r, which keeps large ranks learning.
+      dropout: rate, on the input of the branch only. Active exactly when the tree was bound with a key,
+        ``adapted.bind(trainable, context={"key": key})``.
+      init_a: "default" as above, or "gaussian": A normal with deviation 1/r.
+      ranks, alphas: for a stacked weight, the true rank and alpha of each index of the (single) stack axis, where
+        they differ; ``rank`` is then the largest, the pairs are padded by zeros, and a rank of 0 leaves an index
+        unadapted. Zero padding is exact and stays zero under training: its gradient is zero.
+      lookup_only: adapt the lookups of a tied embedding and not its use as the output head, as PEFT does. Such a
+        weight cannot be merged.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    _: dataclasses.KW_ONLY
+    rslora: bool = False
+    dropout: float = 0.0
+    init_a: str = "default"
+    ranks: tuple[int, ...] | None = None
+    alphas: tuple[float, ...] | None = None
+    lookup_only: bool = False
+
+    sliceable = frozenset({"in", "out"})
+
+    def __post_init__(self):
+        require(
+            isinstance(self.rank, int) and self.rank > 0,
+            f"{self.name}(rank={self.rank!r}): the rank is a positive integer, 4 to 64 as a rule.",
+        )
+        require(0.0 <= self.dropout < 1.0, f"{self.name}(dropout={self.dropout}): a rate in [0, 1) is wanted.")
+        require(
+            self.init_a in ("default", "gaussian"),
+            f"{self.name}(init_a={self.init_a!r}): 'default' or 'gaussian' is wanted.",
+        )
+        for field in ("ranks", "alphas"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, tuple(getattr(self, field)))
+        if self.ranks is not None:
+            require(
+                min(self.ranks) >= 0 and max(self.ranks) == self.rank,
+                f"{self.name}(rank={self.rank}, ranks={self.ranks}): ranks are not negative and the largest is `rank`.",
+            )
+
+    def scale_of(self, rank: int, alpha: float | None = None) -> float:
+        """s for a true rank; 0 for rank 0."""
+        alpha = self.alpha if alpha is None else alpha
+        return float(alpha / (math.sqrt(rank) if self.rslora else rank)) if rank else 0.0
+
+    @property
+    def scale(self) -> float:
+        return self.scale_of(self.rank)
+
+    @property
+    def varies(self) -> bool:
+        """Whether rank or alpha differ along the stack."""
+        return self.ranks is not None or self.alphas is not None
+
+    def per_index(self, n: int) -> list[tuple[int, float]]:
+        """(rank, alpha) for each of n stack indices."""
+        return list(zip(self.ranks or (self.rank,) * n, self.alphas or (self.alpha,) * n, strict=True))
+
+    def check(self, site: Site) -> str | None:
+        if self.varies:
+            stack, given = site.canonical_shape[0], {len(v) for v in (self.ranks, self.alphas) if v is not None}
+            if len(stack) != 1 or given != {stack[0]}:
+                return f"ranks and alphas want one entry for each index of a single stack axis; the stack is {stack}"
+        return check_rank(self.rank, site)
+
+    def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
+        n_in, n_out = w.shape
+        if site.axes.kind == "embedding":
+            pair = jnp.zeros((n_in, self.rank), dtype), jax.random.normal(key, (self.rank, n_out), dtype)
+        elif self.init_a == "gaussian":
+            pair = jax.random.normal(key, (n_in, self.rank), dtype) / self.rank, jnp.zeros((self.rank, n_out), dtype)
+        else:
+            bound = n_in**-0.5
+            a = jax.random.uniform(key, (n_in, self.rank), dtype, -bound, bound)
+            pair = a, jnp.zeros((self.rank, n_out), dtype)
+        return Params(trainable=Factors(*pair, scale=1.0 if self.varies else self.scale))
+
+    def init_stack(self, site: Site, dtype: Any) -> Any:
+        if not self.varies:
+            return None
+        per_index = self.per_index(site.canonical_shape[0][0])
+        return {"scale": jnp.asarray(np.array([self.scale_of(r, alpha) for r, alpha in per_index]), dtype)}
+
+    def mask_ranks(self, factors: Factors) -> Factors:
+        """A stacked pair with everything beyond each index's true rank set to zero."""
+        if self.ranks is None:
+            return factors
+        live = jnp.arange(self.rank) < jnp.asarray(self.ranks)[:, None]
+        return Factors(factors.a * live[:, None, :], factors.b * live[:, :, None], factors.scale)
+
+    def count(self, site: Site) -> int:
+        stack, n_in, n_out = site.canonical_shape
+        ranks = [r for r, _ in self.per_index(stack[0])] if self.varies else [self.rank] * math.prod(stack)
+        return sum(ranks) * (n_in + n_out)
+
+    def dims(self, p: Params) -> Params:
+        pair = Factors("in rank", "rank out", p.trainable.scale)
+        return Params(trainable=pair, frozen={"scale": ""} if self.varies else None)
+
+    def factors(self, w: Array, p: Params) -> Factors:
+        if not self.varies:
+            return p.trainable
+        return Factors(p.trainable.a, p.trainable.b * p.frozen["scale"].astype(p.trainable.b.dtype))
+
+    def describe(self) -> dict[str, str]:
+        if self.varies:
+            return {"rank": f"<={self.rank}", "scale": "varies"}
+        return {"rank": str(self.rank), "scale": f"{self.scale:g}"}

@@ -1,0 +1,58 @@
+"""Methods that replace a leaf as a whole, whatever its shape: biases, norms, heads, embeddings.
+
+They need no interpreter: ``bind`` puts the effective leaf where the leaf was.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jlora.methods.base import Method, Site
+from jlora.weight import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(Method):
+    """Train the leaf itself. What PEFT calls ``modules_to_save``; with ``"**/bias"``, BitFit; on norms, LN tuning.
+
+    Parameters of a leaf: trainable, an array of the leaf's shape that starts as a copy of it. The base keeps the
+    original. Trained: the leaf's size.
+    """
+
+    whole_leaf = True
+
+    def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
+        return Params(trainable=jnp.array(w, copy=True))  # a copy: training may donate its buffers
+
+    def count(self, site: Site) -> int:
+        return math.prod(site.shape)
+
+    def weight(self, w: Array, p: Params) -> Array:
+        return p.trainable
+
+
+@dataclasses.dataclass(frozen=True)
+class Offset(Method):
+    """Train a difference: leaf + scale * delta, delta starting at zero. PEFT's ``lora_bias`` is this on a bias.
+
+    Parameters of a leaf: trainable ``{"delta": an array of the leaf's shape}``. Trained: the leaf's size.
+    """
+
+    scale: float = 1.0
+
+    whole_leaf = True
+
+    def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
+        return Params(trainable={"delta": jnp.zeros(w.shape, dtype)})
+
+    def count(self, site: Site) -> int:
+        return math.prod(site.shape)
+
+    def weight(self, w: Array, p: Params) -> Array:
+        return w + self.scale * p.trainable["delta"].astype(w.dtype)
+
+    def describe(self) -> dict[str, str]:
+        return {"scale": f"{self.scale:g}"}

@@ -1,0 +1,314 @@
+"""The value that stands where a weight stood.
+
+An ``AdaptedWeight`` is what ``Adapted.bind`` lays into the parameter tree and what ``lift`` carries from there to the
+product that uses it. It has three parts:
+
+* ``base``: the weight itself, in whatever layout the model's code has brought it to by now;
+* ``labels``: what each of its current axes stands for. An axis is a tuple of atoms; an atom is a (piece of an) axis of
+  the original weight and belongs to a group: ``stack`` (layers, experts), ``in`` (contracted) or ``out``;
+* ``own``, ``shared``: the method's parameters, always in canonical form: stack axes first, the in group flattened in
+  order to one axis, the out group likewise.
+
+Layout changes edit ``base`` and ``labels`` only. The parameters stay as they are until a product consumes the weight.
+A reshape may even mix groups for a while: what counts is where the atoms are when the product comes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from jlora.factors import Factors
+
+STACK, IN, OUT = "stack", "in", "out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Which axes of a weight are stacked, contracted (inputs) and produced (outputs). Several inputs or outputs are
+    flattened in the order given.
+
+    Attributes:
+      inputs: axes that the product contracts; for an embedding, the axis that is looked up.
+      outputs: axes that the product produces.
+      stack: axes over which the model holds one matrix each (layers of a scan, experts).
+      kind: ``"linear"``, ``"embedding"`` or ``"conv"`` (inputs are then the window and the input features). It decides
+        how a method initializes; how a weight is used is found out where it is used.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    stack: tuple[int, ...] = ()
+    kind: str = "linear"
+
+    def __post_init__(self):
+        if self.kind not in ("linear", "embedding", "conv"):
+            raise ValueError(f"Axes.kind is 'linear', 'embedding' or 'conv'; got {self.kind!r}.")
+        axes = (*self.stack, *self.inputs, *self.outputs)
+        if sorted(axes) != list(range(len(axes))) or not self.inputs or not self.outputs:
+            raise ValueError(
+                "Axes names every axis of the weight once, counted from 0, at least one input and one output; got "
+                f"stack={self.stack}, inputs={self.inputs}, outputs={self.outputs}."
+            )
+
+    def labels(self, shape: Sequence[int]) -> tuple["Label", ...]:
+        if len(shape) != len(self.stack) + len(self.inputs) + len(self.outputs):
+            raise ValueError(f"{self} does not fit a weight of shape {tuple(shape)}.")
+        atoms = {}
+        for group, axes in ((STACK, self.stack), (IN, self.inputs), (OUT, self.outputs)):
+            atoms |= {axis: Atom(group, (i,), shape[axis]) for i, axis in enumerate(axes)}
+        return tuple((atoms[axis],) for axis in range(len(shape)))
+
+    def canonical_shape(self, shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
+        """(stack sizes, in, out) of a weight of this shape."""
+        size = lambda axes: math.prod(shape[a] for a in axes)
+        return tuple(shape[a] for a in self.stack), size(self.inputs), size(self.outputs)
+
+    def to_canonical(self, w: Array) -> Array:
+        """``w`` as ``[*stack, in, out]``."""
+        stack, n_in, n_out = self.canonical_shape(w.shape)
+        return w.transpose(*self.stack, *self.inputs, *self.outputs).reshape(*stack, n_in, n_out)
+
+    def from_canonical(self, w: Array, shape: Sequence[int]) -> Array:
+        order = (*self.stack, *self.inputs, *self.outputs)
+        return w.reshape([shape[a] for a in order]).transpose([order.index(a) for a in range(len(order))])
+
+
+class Atom(NamedTuple):
+    """A piece of an axis of the original weight: its group, its place within the group, and how long it is."""
+
+    group: str
+    pos: tuple[int, ...]
+    size: int
+
+
+Label = tuple[Atom, ...]  # of one axis, slowest atom first; () for an axis of size 1 that the model's code added
+
+
+class Params(NamedTuple):
+    """What a method sees of its parameters: this weight's own leaves, and those of its group, shared by many weights."""
+
+    trainable: Any = None
+    frozen: Any = None
+    shared: Any = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a method may need at run time and that is not a parameter.
+
+    Attributes:
+      key: a key for this weight (dropout, stochastic ranks), or None: then nothing is random.
+      values: everything else that was given to ``bind(context=...)``, as it was given.
+      implementation: which form of the fused kernels to use; None lets them choose.
+    """
+
+    key: Any = None
+    values: Any = None
+    implementation: str | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+
+class Dot(Protocol):
+    """The product in which a weight is consumed, handed to ``Method.forward``.
+
+    ``dot(x, w)`` is the base product just as the model wrote it (precision and accumulation type included). The other
+    operations carry a factored branch along the same way, whatever the product is: a matrix product, a convolution, a
+    ragged product over experts, an embedding lookup (where x is the ids).
+    """
+
+    kind: str  # "linear", "transposed", "conv", "ragged" or "lookup"
+
+    def __call__(self, x: Array, w: Array) -> Array: ...
+
+    def inner(self, x: Array, a: Array) -> Array:
+        """x times ``a`` [in, r], giving r features."""
+
+    def outer(self, h: Array, b: Array) -> Array:
+        """r features times ``b`` [r, out]."""
+
+    def per_matrix(self, fn: Callable[[Array, "Params"], Any], w: Array, p: "Params") -> Any:
+        """``fn(w, p)`` for one matrix, mapped over the experts where the product has many."""
+
+    def per_output(self, y: Array, g: Array) -> Array:
+        """y times ``g`` [out], feature by feature."""
+
+    def factored(self, x: Array, w: Array, factors: Factors, context: Context) -> Array:
+        """``dot(x, w) + scale * outer(inner(x, a), b)``, in one fused kernel where there is one."""
+
+
+class MethodLike(Protocol):
+    """What ``lift`` and ``adapt`` ask of a method; ``jlora.methods.base.Method`` gives the defaults."""
+
+    sliceable: frozenset[str]
+    lookup_only: bool
+
+    def forward(self, dot: Dot, x: Array, w: Array, p: Params, ctx: Context) -> tuple[Array, Any]: ...
+
+    def forward_transposed(self, dot: Dot, x: Array, wt: Array, p: Params, ctx: Context) -> Array | None: ...
+
+    def weight(self, w: Float[Array, "in out"], p: Params) -> Float[Array, "in out"]: ...
+
+    def dims(self, p: Params) -> Params: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdaptedWeight:
+    """A weight and the parameters that adapt it. See the module's docstring.
+
+    Attributes:
+      base: the weight in its current layout.
+      own: ``Params`` of this weight, every leaf with the stack axes first; ``own.shared`` is None.
+      shared: the parameters of the method's group; never sliced by a scan.
+      keys: a random key for each index of the stack axes, or None.
+      values: the rest of the context; never sliced.
+    """
+
+    base: Array
+    own: Params
+    shared: Any
+    keys: Any
+    values: Any
+    method: MethodLike = dataclasses.field(metadata=dict(static=True))
+    labels: tuple[Label, ...] = dataclasses.field(metadata=dict(static=True))
+    path: str = dataclasses.field(metadata=dict(static=True))
+
+    # What it is.
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    def group(self, name: str) -> list[Atom]:
+        """The atoms of a group that are still there, in canonical order."""
+        return sorted(atom for label in self.labels for atom in label if atom.group == name)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        return tuple(atom.size for atom in self.group(STACK))
+
+    def params(self) -> Params:
+        return self.own._replace(shared=self.shared)
+
+    # Layout changes: base and labels, and the stack axes of the parameters where those change.
+
+    def with_base(self, base: Array, labels: Sequence[Label] | None = None) -> "AdaptedWeight":
+        new = dataclasses.replace(self, base=base, labels=self.labels if labels is None else tuple(labels))
+        old, now = self.stack_shape, new.stack_shape
+        if old == now:
+            return new
+        # Splitting, merging or dropping a stack axis of size 1 keeps the order: a reshape of the leading axes.
+        reshape = lambda leaf: leaf.reshape(now + leaf.shape[len(old) :])
+        return dataclasses.replace(new, own=jax.tree.map(reshape, self.own), keys=jax.tree.map(reshape, self.keys))
+
+    def reshaped(self, base: Array) -> "AdaptedWeight | None":
+        """This weight with ``base`` reshaped. None where a new axis would cut an atom at an uneven place."""
+        labels = relabel(self.labels, base.shape)
+        return None if labels is None else self.with_base(base, labels)
+
+    def sliced(self, axis: int, base: Array, take: Callable[[Array, int], Array]) -> "AdaptedWeight | None":
+        """This weight restricted along one axis; ``take(leaf, axis)`` does to a parameter what was done to the base.
+
+        A stack axis restricts every leaf; an in or out axis restricts the leaves that have it, if the method says that
+        a slice of its weight is its weight of the slices (``sliceable``). None where that does not hold.
+        """
+        (label,) = self.labels[axis : axis + 1]
+        if len(label) != 1:
+            return None
+        (atom,) = label
+        labels = list(self.labels)
+        labels[axis] = (atom._replace(size=base.shape[axis]),)
+        if atom.group == STACK:
+            at = self.group(STACK).index(atom)
+            cut = lambda leaf: take(leaf, at)
+            own, keys, shared = jax.tree.map(cut, self.own), jax.tree.map(cut, self.keys), self.shared
+        elif atom.group in self.method.sliceable:
+            own, shared = self._sliced_groups(atom, take)
+            keys = self.keys
+        else:
+            return None
+        return dataclasses.replace(self, base=base, labels=tuple(labels), own=own, shared=shared, keys=keys)
+
+    def _sliced_groups(self, atom: Atom, take: Callable[[Array, int], Array]) -> tuple[Params, Any]:
+        atoms = self.group(atom.group)
+        sizes, at = [a.size for a in atoms], atoms.index(atom)
+
+        def cut(leaf: Array, dims: str, n_stack: int) -> Array:
+            dims = dims.split()
+            if atom.group not in dims:
+                return leaf
+            axis = n_stack + dims.index(atom.group)
+            leaf = jax.lax.slice_in_dim(leaf, 0, math.prod(sizes), axis=axis)  # shared leaves may be longer
+            leaf = leaf.reshape(leaf.shape[:axis] + tuple(sizes) + leaf.shape[axis + 1 :])
+            leaf = take(leaf, axis + at)
+            return leaf.reshape(leaf.shape[:axis] + (-1,) + leaf.shape[axis + len(sizes) :])
+
+        dims = self.method.dims(self.params())
+        n_stack = len(self.stack_shape)
+        own = jax.tree.map(lambda leaf, d: cut(leaf, d, n_stack), self.own, dims._replace(shared=None))
+        return own, jax.tree.map(lambda leaf, d: cut(leaf, d, 0), self.shared, dims.shared)
+
+    # Leaving the low-rank path.
+
+    def canonical(self) -> Shaped[Array, "*stack in out"]:
+        """The base as ``[*stack, in, out]``."""
+        flat = [atom for label in self.labels for atom in label]
+        order = [*self.group(STACK), *self.group(IN), *self.group(OUT)]
+        base = self.base.reshape([atom.size for atom in flat])
+        if flat != order:
+            base = base.transpose([flat.index(atom) for atom in order])
+        n = len(self.stack_shape)
+        n_in = math.prod(a.size for a in self.group(IN))
+        shape = (*base.shape[:n], n_in, math.prod(a.size for a in self.group(OUT)))
+        return base if base.shape == shape else base.reshape(shape)
+
+    def materialize(self) -> Array:
+        """The effective weight in the current layout and dtype. Computed in at least float32."""
+        base = self.canonical()
+        wide = jnp.promote_types(base.dtype, jnp.float32)
+        fn = lambda w, own: self.method.weight(w, own._replace(shared=self.shared))
+        for _ in self.stack_shape:
+            fn = jax.vmap(fn)
+        w = fn(base.astype(wide), self.own).astype(self.dtype)
+        flat = [atom for label in self.labels for atom in label]
+        order = [*self.group(STACK), *self.group(IN), *self.group(OUT)]
+        w = w.reshape([atom.size for atom in order])
+        return w.transpose([order.index(atom) for atom in flat]).reshape(self.shape)
+
+
+def relabel(labels: Sequence[Label], shape: Sequence[int]) -> tuple[Label, ...] | None:
+    """Labels after a row-major reshape to ``shape``: atoms keep their order and are split where an axis ends within
+    one. None if an axis would end where no split of an atom ends.
+
+    >>> kernel = ((Atom("in", (0,), 4),), (Atom("out", (0,), 6),))
+    >>> relabel(kernel, (4, 2, 3))[1:]
+    ((Atom(group='out', pos=(0, 0), size=2),), (Atom(group='out', pos=(0, 1), size=3),))
+    """
+    atoms = [atom for label in labels for atom in label if atom.size != 1]
+    out: list[Label] = []
+    for size in shape:
+        label: list[Atom] = []
+        while size > 1:
+            if not atoms:
+                return None
+            atom = atoms.pop(0)
+            if size % atom.size == 0:
+                label.append(atom)
+                size //= atom.size
+            elif atom.size % size == 0:
+                label.append(Atom(atom.group, (*atom.pos, 0), size))
+                atoms.insert(0, Atom(atom.group, (*atom.pos, 1), atom.size // size))
+                size = 1
+            else:
+                return None
+        out.append(tuple(label))
+    return None if atoms else tuple(out)
