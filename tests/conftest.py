@@ -1,0 +1,48 @@
+"""Fixtures that several test folders share. Eight host devices, so that sharding is tested on any machine."""
+
+import os
+import pathlib
+from collections.abc import Iterator
+
+_FLAG = "--xla_force_host_platform_device_count"
+if _FLAG not in os.environ.get("XLA_FLAGS", ""):  # read once, when jax makes its first array
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+_SHARED = pathlib.Path(__file__).parents[2] / "shared"
+
+
+def _directory(variable: str, default: pathlib.Path) -> pathlib.Path:
+    path = pathlib.Path(os.environ.get(variable, default))
+    if not path.is_dir():
+        pytest.skip(f"no directory {path}: set {variable} to run this test")
+    return path
+
+
+@pytest.fixture(scope="session")
+def oracles() -> pathlib.Path:
+    """Recorded numbers of independent implementations."""
+    return _directory("JLORA_ORACLES", _SHARED / "oracles")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+    """Data sets and weights that are not part of the repository."""
+    return _directory("JLORA_DATA", _SHARED / "data")
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """64-bit types for one test; ``pytestmark = pytest.mark.usefixtures("x64")`` for a file."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def devices() -> list:
+    """Eight devices, or a skip where the platform has fewer."""
+    if len(jax.devices()) < 8:
+        pytest.skip(f"{len(jax.devices())} devices; run on the CPU with {_FLAG}=8")
+    return jax.devices()[:8]
