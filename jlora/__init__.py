@@ -4,8 +4,12 @@ from jlora.adapt import Adapted as Adapted
 from jlora.adapt import adapt as adapt
 from jlora.adapt import summary as summary
 from jlora.factors import Factors as Factors
+from jlora.lift import LeafUsage as LeafUsage
 from jlora.lift import MaterializeWarning as MaterializeWarning
+from jlora.lift import Stats as Stats
+from jlora.lift import capture as capture
 from jlora.lift import lift as lift
+from jlora.lift import usage as usage
 from jlora.merge import merge as merge
 from jlora.methods import DoRA as DoRA
 from jlora.methods import Full as Full

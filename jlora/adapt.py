@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jlora import paths
+from jlora.lift.usage import usage as trace_usage
 from jlora.methods.base import Method, Site
 from jlora.paths import Pattern
 from jlora.weight import AdaptedWeight, Axes, Params
@@ -134,8 +135,6 @@ def adapt(
     """
     leaves, _ = paths.flatten(params)
     if fn is not None and usage is None:
-        from jlora.lift.usage import usage as trace_usage
-
         usage = trace_usage(fn, params, *args)
     rules = _rules(methods, targets)
     find = _AxesFinder(usage, axes or {})
@@ -353,7 +352,9 @@ def summary(adapted: Adapted) -> str:
     One row a leaf: path, shape, axes (stack | in | out), method, rank, scale, trainable parameters, their dtype, and
     their share of all trainable parameters.
     """
-    sizes = {key: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for key, tree in adapted.trainable.items()}
+    sizes = {
+        key: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for key, tree in adapted.trainable.items()
+    }
     total = sum(sizes.values())
     leaves, _ = paths.flatten(adapted.base)
     shapes = {path: leaf for path, leaf in leaves if hasattr(leaf, "shape")}

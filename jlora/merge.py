@@ -43,18 +43,18 @@ def _merged(adapted: Adapted, path: str, leaf: Any, site: Site, allow_tied_chang
         raise ValueError(f"{path!r}: {method.name} has no weight to merge. Keep it as an adapter, with bind and lift.")
     if method.lookup_only and not allow_tied_change:
         raise ValueError(
-            f"{path!r} is adapted for its lookups only, and merging would change the output head that shares the table. "
-            "Untie them first (a head with a leaf of its own), keep the adapter unmerged, or accept the change with "
+            f"{path!r} is adapted for its lookups only, and merging would change the output head that shares the table."
+            " Untie them first (a head with a leaf of its own), keep the adapter unmerged, or accept the change with "
             "merge(adapted, allow_tied_change=True)."
         )
     own = Params(adapted.trainable[path], adapted.frozen.get(path))
     shared = None
     if method.group is not None:
         shared = {**adapted.trainable.get(method.group, {}), **adapted.frozen.get(method.group, {})}
-    sharding = getattr(leaf, "sharding", None)
-    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    fn = jax.jit(_effective, static_argnames="site", out_shardings=sharding) if concrete else _effective
-    return fn(leaf, own, shared, site=site)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaf, own, shared)))
+    if traced or not isinstance(leaf, jax.Array):
+        return _effective(leaf, own, shared, site=site)
+    return jax.jit(_effective, static_argnames="site", out_shardings=leaf.sharding)(leaf, own, shared, site=site)
 
 
 def _effective(leaf: jax.Array, own: Params, shared: Any, *, site: Site) -> jax.Array:
@@ -66,5 +66,3 @@ def _effective(leaf: jax.Array, own: Params, shared: Any, *, site: Site) -> jax.
         one = jax.vmap(one)
     w = one(site.axes.to_canonical(leaf).astype(wide), own)
     return site.axes.from_canonical(w, leaf.shape).astype(leaf.dtype)
-
-

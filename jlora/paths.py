@@ -2,7 +2,8 @@
 
 A leaf's path is its keys joined by ``/``: ``model/layers/q_proj/kernel``. A pattern is
 
-* a glob: ``*`` matches within one segment, ``**`` across segments, ``?`` one character, ``[ab]`` a set, ``{a,b}`` either;
+* a glob: ``*`` matches within one segment, ``**`` across segments, ``?`` one character, ``[ab]`` a set, ``{a,b}``
+  either;
 * a compiled regular expression, searched for anywhere in the path;
 * a predicate ``(path, leaf) -> bool``.
 """

@@ -90,7 +90,7 @@ Label = tuple[Atom, ...]  # of one axis, slowest atom first; () for an axis of s
 
 
 class Params(NamedTuple):
-    """What a method sees of its parameters: this weight's own leaves, and those of its group, shared by many weights."""
+    """What a method sees of its parameters: this weight's own leaves, and its group's, shared by many weights."""
 
     trainable: Any = None
     frozen: Any = None
@@ -258,6 +258,13 @@ class AdaptedWeight:
         return own, jax.tree.map(lambda leaf, d: cut(leaf, d, 0), self.shared, dims.shared)
 
     # Leaving the low-rank path.
+
+    def foldable(self) -> bool:
+        """Whether the in and out groups can be flattened without moving data between devices, as far as the types say
+        (explicit sharding): only the slowest axis of a group may be sharded."""
+        spec = jax.typeof(self.base).sharding.spec
+        sharded = {atom for label, axis in zip(self.labels, spec, strict=False) if axis is not None for atom in label}
+        return not any(sharded & set(self.group(name)[1:]) for name in (IN, OUT))
 
     def canonical(self) -> Shaped[Array, "*stack in out"]:
         """The base as ``[*stack, in, out]``."""

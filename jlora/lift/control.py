@@ -139,7 +139,7 @@ def _refuse_aux(run: Run, where: str) -> None:
 
 @rule("shard_map")
 def shard_map(run: Run, eqn: Any, values: list) -> list | None:
-    """Parameters enter with the sharding of the weight's axes that they have: ``a`` with that of the in axes, and so on."""
+    """Parameters enter with the sharding of the weight's axes that they have: ``a`` with that of the in axes."""
     p = eqn.params
     jaxpr = _compat.closed(p["jaxpr"])
     specs = p["in_specs"]
@@ -147,7 +147,9 @@ def shard_map(run: Run, eqn: Any, values: list) -> list | None:
 
     def body(*args: Any) -> tuple:
         inner = run.inner()
-        out = plain_jaxpr(inner, jaxpr, [e.rebuild(x) for e, x in zip(entered, args, strict=True)], "output of shard_map")
+        out = plain_jaxpr(
+            inner, jaxpr, [e.rebuild(x) for e, x in zip(entered, args, strict=True)], "output of shard_map"
+        )
         _refuse_aux(inner, "shard_map")
         return tuple(out)
 
@@ -156,7 +158,7 @@ def shard_map(run: Run, eqn: Any, values: list) -> list | None:
         mesh=p["mesh"],
         in_specs=tuple(e.specs for e in entered),
         out_specs=tuple(p["out_specs"]),
-        axis_names=frozenset(p["manual_axes"]),
+        axis_names=_compat.manual_axes(p),
         check_vma=p["check_vma"],
     )
     return list(mapped(*(e.arrays for e in entered)))
@@ -194,7 +196,7 @@ class _Sharded:
 
         def rebuild(x: Any) -> AdaptedWeight:
             base, arrays, keys, values = x
-            own, shared = jax.tree.unflatten(treedef, [l.local(a) for l, a in zip(leaves, arrays, strict=True)])
+            own, shared = jax.tree.unflatten(treedef, [leaf.local(x) for leaf, x in zip(leaves, arrays, strict=True)])
             labels = [
                 (label[0]._replace(size=base.shape[axis]),) if axis in split else label
                 for axis, label in enumerate(w.labels)

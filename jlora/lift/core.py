@@ -183,7 +183,7 @@ def plain_jaxpr(run: Run, jaxpr: jex.ClosedJaxpr, args: Sequence[Any], where: st
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """The arguments that are not arrays, and the structure of all. Hashable: part of the key of the compiled function."""
+    """The arguments that are not arrays, and the structure of all: part of the key of the compiled function."""
 
     treedef: Any
     leaves: tuple[Any, ...]  # _ARRAY where an array goes

@@ -1,8 +1,8 @@
 """Rules for the products that consume a weight: here, and only here, a method's forward runs.
 
-Each rule checks that the product contracts the whole in group (or the whole out group: a tied head, ``x @ W.T``), brings
-the activation to canonical form, hands the method a ``Dot`` for this kind of product, and gives the result the shape
-and axis order that the equation promised.
+Each rule checks that the product contracts the whole in group (or the whole out group: a tied head, ``x @ W.T``),
+brings the activation to canonical form, hands the method a ``Dot`` for this kind of product, and gives the result the
+shape and axis order that the equation promised.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jlora.factors import Factors
@@ -59,22 +60,42 @@ class _Branch:
 
 @dataclasses.dataclass(frozen=True)
 class LinearDot(_Branch):
-    """x [..., in] times [in, out]."""
+    """x [..., in] times [in, out].
+
+    ``out_spec``: how the result is sharded where the model says so (explicit sharding over contracted axes). The
+    factors then follow x and the result: the rank is sharded over nothing.
+    """
 
     precision: Any
     preferred: Any
     kind: str = "linear"
+    out_spec: PartitionSpec | None = None
+
+    def _dot(self, x: Array, w: Array, preferred: Any, spec: PartitionSpec | None) -> Array:
+        axes = ((x.ndim - 1,), (0,)), ((), ())
+        return lax.dot_general(
+            x, w, axes, precision=self.precision, preferred_element_type=preferred, out_sharding=spec
+        )
 
     def __call__(self, x: Array, w: Array) -> Array:
-        return _matmul(x, w, self.precision, self.preferred)
+        return self._dot(x, w, self.preferred, self.out_spec)
 
     def inner(self, x: Array, a: Array) -> Array:
-        return _matmul(x, a.astype(x.dtype), self.precision, None)
+        a = a.astype(x.dtype)
+        if self.out_spec is None:
+            return self._dot(x, a, None, None)
+        *rows, contracted = jax.typeof(x).sharding.spec
+        return self._dot(x, jax.reshard(a, PartitionSpec(contracted, None)), None, PartitionSpec(*rows, None))
 
     def outer(self, h: Array, b: Array) -> Array:
-        return _matmul(h, b.astype(h.dtype), self.precision, self.preferred)
+        b = b.astype(h.dtype)
+        if self.out_spec is not None:
+            b = jax.reshard(b, PartitionSpec(None, self.out_spec[-1]))
+        return self._dot(h, b, self.preferred, self.out_spec)
 
     def factored(self, x: Array, w: Array, f: Factors, context: Context) -> Array:
+        if self.out_spec is not None:
+            return super().factored(x, w, f, context)
         return lora_linear(
             x,
             w,
@@ -85,12 +106,6 @@ class LinearDot(_Branch):
             precision=self.precision,
             preferred_element_type=self.preferred,
         )
-
-
-def _matmul(x: Array, w: Array, precision: Any, preferred: Any) -> Array:
-    return lax.dot_general(
-        x, w, (((x.ndim - 1,), (0,)), ((), ())), precision=precision, preferred_element_type=preferred
-    )
 
 
 @rule("dot_general")
@@ -105,7 +120,8 @@ def dot_general(run: Run, eqn: Any, values: list) -> list | None:
         flops = 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(w.shape[a] for a in wc)
         _observe(run, w, "linear", wc, wb, free, flops)
         return plain(eqn, [v.base if is_adapted(v) else v for v in (lhs, rhs)])
-    if not jnp.issubdtype(x.dtype, jnp.floating) or set(_atoms(w, wb)) != set(w.group(STACK)):
+    batched, stack = set(_atoms(w, wb)), w.group(STACK)
+    if not jnp.issubdtype(x.dtype, jnp.floating) or not batched <= set(stack) or not w.foldable():
         return None
     contracted = set(_atoms(w, wc))
     transposed = contracted == set(w.group(OUT)) and contracted != set(w.group(IN))
@@ -121,21 +137,38 @@ def dot_general(run: Run, eqn: Any, values: list) -> list | None:
     x = _to_canonical(x, len(xb) + n_free, [w.labels[a] for a in wc], flatten=True)
     x = _to_canonical(x, 0, [w.labels[a] for a in wb], flatten=False)
 
-    dot = LinearDot(eqn.params["precision"], eqn.params["preferred_element_type"], "transposed" if transposed else "linear")
-    y = _apply(run, w, dot, x, transposed)
+    spec, out = None, eqn.params["out_sharding"]
+    if out is not None:
+        if wb:
+            return None
+        full = [*out.spec, *(None,) * (n_free + len(free) - len(out.spec))]
+        of_w, of_x = (full[: len(free)], full[len(free) :]) if w is lhs else (full[n_free:], full[:n_free])
+        spec = PartitionSpec(*of_x, *of_w[:1])  # foldable: only the slowest axis is sharded
+        if any(entry is not None for entry in of_w[1:]):
+            return None
+    dot = LinearDot(
+        eqn.params["precision"],
+        eqn.params["preferred_element_type"],
+        "transposed" if transposed else "linear",
+        spec,
+    )
+    y = _apply(run, w, dot, x, transposed, batched)
 
-    # From [*stack, ..., produced] to the order of the equation: batch, free of lhs, free of rhs.
-    y = _from_canonical(y, y.ndim - 1, [w.labels[a] for a in free], [w.shape[a] for a in free])
-    y = _from_canonical(y, 0, [w.labels[a] for a in wb], [w.shape[a] for a in wb], n=len(w.group(STACK)))
+    # From [*stack, ..., produced] to the order of the equation: batch, free of lhs, free of rhs. Where all matrices of
+    # a stack meet the same activation (every expert on every token), the stack axis is free, too.
+    every = [i for i, atom in enumerate(stack) if atom not in batched]
+    y = jnp.moveaxis(y, every, range(y.ndim - len(every), y.ndim))
+    start = y.ndim - 1 - len(every)
+    y = _from_canonical(y, start, [w.labels[a] for a in free], [w.shape[a] for a in free], n=1 + len(every))
+    y = _from_canonical(y, 0, [w.labels[a] for a in wb], [w.shape[a] for a in wb], n=len(stack) - len(every))
     if w is lhs:
         n_batch, n_w = len(wb), len(free)
         y = jnp.moveaxis(y, range(n_batch + n_free, n_batch + n_free + n_w), range(n_batch, n_batch + n_w))
-    out = eqn.params.get("out_sharding")
     return [y if out is None else jax.reshard(y, out)]
 
 
-def _apply(run: Run, w: AdaptedWeight, dot: Any, x: Array, transposed: bool) -> Array:
-    """The method's forward on canonical operands, mapped over the stack axes."""
+def _apply(run: Run, w: AdaptedWeight, dot: Any, x: Array, transposed: bool, batched: set[Atom]) -> Array:
+    """The method's forward on canonical operands, mapped over the stack axes, of which x has the batched ones."""
     ctx = run.context(w)
 
     def one(x: Array, base: Array, own: Params, key: Any) -> tuple[Array, Any]:
@@ -144,8 +177,8 @@ def _apply(run: Run, w: AdaptedWeight, dot: Any, x: Array, transposed: bool) -> 
             return w.method.forward_transposed(dot, x, base.T, p, c), None
         return w.method.forward(dot, x, base, p, c)
 
-    for _ in w.stack_shape:
-        one = jax.vmap(one)
+    for atom in reversed(w.group(STACK)):
+        one = jax.vmap(one, in_axes=(0 if atom in batched else None, 0, 0, 0))
     y, aux = one(x, w.canonical(), w.own, ctx.key)
     run.report(w.path, aux)
     return y
