@@ -1,0 +1,225 @@
+"""Pallas TPU kernels of the LoRA linear. Four kernels, one for each of the products in `lora_linear.Pieces`:
+
+| kernel  | computes                        | what it saves over separate products                        |
+|---------|---------------------------------|--------------------------------------------------------------|
+| forward | y = x W + (s x A) B, and h = x A | x is read once for both; the branch never leaves the chip    |
+| read_dy | u = dy B^T and h^T dy           | dy is read once for both                                     |
+| grad_a  | (x^T ds)^T                      | -                                                            |
+| grad_x  | ds A^T + dy W^T                 | the branch starts the accumulator and never leaves the chip  |
+
+Layout: the rank is far below the 128 lanes of a register, so A is handed over transposed, [r, in], with its long axis
+on the lanes, and dA comes back the same way.
+
+Shapes need not be multiples of the blocks. Where the last block of an axis hangs over the edge, it holds whatever was
+in memory. Rows and columns of an output that hang over are dropped when they are written; along an axis that is summed,
+both operands are set to zero first, since a stray NaN times zero is still NaN.
+"""
+
+import dataclasses
+from functools import partial
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jlora.kernels.lora_linear import Pieces
+
+# Blocks of tokens, and of `in` and `out`. Two buffers of each operand and the accumulator take about 3 MiB of VMEM in
+# bfloat16. read_dy has no large weight to hold and takes wider blocks, so that its partial sums of u are few.
+_TOKENS = 256
+_FEATURES = 512
+_WIDE = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PallasPieces(Pieces):
+    """The products as TPU kernels. Leading axes are merged: inside `shard_map` activations are local."""
+
+    interpret: ClassVar[bool] = False
+
+    def forward(self, x, w, a, b, scale):
+        x2 = _matrix(x)
+        (tokens, n_in), (rank, n_out) = x2.shape, b.shape
+        bt, bi, bo = min(tokens, _TOKENS), min(n_in, _FEATURES), min(n_out, _FEATURES)
+        y, h = pl.pallas_call(
+            partial(_forward_kernel, dot=self._kernel_dot, n_in=n_in),
+            grid=(pl.cdiv(tokens, bt), pl.cdiv(n_out, bo), pl.cdiv(n_in, bi)),
+            in_specs=[
+                pl.BlockSpec(memory_space=pltpu.SMEM),
+                pl.BlockSpec((bt, bi), lambda t, o, i: (t, i)),
+                pl.BlockSpec((bi, bo), lambda t, o, i: (i, o)),
+                pl.BlockSpec((rank, bi), lambda t, o, i: (0, i)),
+                pl.BlockSpec((rank, bo), lambda t, o, i: (0, o)),
+            ],
+            out_specs=[
+                pl.BlockSpec((bt, bo), lambda t, o, i: (t, o)),
+                pl.BlockSpec((bt, rank), lambda t, o, i: (t, 0)),
+            ],
+            out_shape=[
+                _like(x, (tokens, n_out), self.out),
+                _like(x, (tokens, rank), self.accumulate),
+            ],
+            scratch_shapes=[pltpu.VMEM((bt, bo), self.accumulate)],
+            **self._options("parallel", "arbitrary", "arbitrary"),
+        )(scale.reshape(1), *self._operands(x2, w, a.T, b))
+        return y.reshape(*x.shape[:-1], n_out), checkpoint_name(h.reshape(*x.shape[:-1], rank), "lora_h")
+
+    def read_dy(self, dy, h, b):
+        dy2, h2 = _matrix(dy), _matrix(h)
+        (tokens, n_out), rank = dy2.shape, b.shape[0]
+        bt, bo = min(tokens, _TOKENS), min(n_out, _WIDE)
+        columns = pl.cdiv(n_out, bo)
+        # Tokens are the inner axis of the grid: h^T dy gathers in one block after the other. u then comes in one
+        # partial sum for each block of columns.
+        u, h_dy = pl.pallas_call(
+            partial(_read_dy_kernel, dot=self._kernel_dot, tokens=tokens, n_out=n_out),
+            grid=(columns, pl.cdiv(tokens, bt)),
+            in_specs=[
+                pl.BlockSpec((bt, bo), lambda o, t: (t, o)),
+                pl.BlockSpec((bt, rank), lambda o, t: (t, 0)),
+                pl.BlockSpec((rank, bo), lambda o, t: (0, o)),
+            ],
+            out_specs=[
+                pl.BlockSpec((None, bt, rank), lambda o, t: (o, t, 0)),
+                pl.BlockSpec((rank, bo), lambda o, t: (0, o)),
+            ],
+            out_shape=[
+                _like(dy, (columns, tokens, rank), self.accumulate),
+                _like(dy, (rank, n_out), self.accumulate),
+            ],
+            **self._options("parallel", "arbitrary"),
+        )(*self._operands(dy2, h2, b))
+        return u.sum(0).reshape(h.shape), h_dy
+
+    def grad_a(self, x, ds, a):
+        x2, ds2 = _matrix(x), _matrix(ds)
+        (tokens, n_in), rank = x2.shape, ds2.shape[1]
+        bt, bi = min(tokens, _TOKENS), min(n_in, _WIDE)
+        return pl.pallas_call(
+            partial(_grad_a_kernel, dot=self._kernel_dot, tokens=tokens),
+            grid=(pl.cdiv(n_in, bi), pl.cdiv(tokens, bt)),
+            in_specs=[
+                pl.BlockSpec((bt, rank), lambda i, t: (t, 0)),
+                pl.BlockSpec((bt, bi), lambda i, t: (t, i)),
+            ],
+            out_specs=pl.BlockSpec((rank, bi), lambda i, t: (0, i)),
+            out_shape=_like(x, (rank, n_in), self.accumulate),
+            **self._options("parallel", "arbitrary"),
+        )(*self._operands(ds2, x2)).T
+
+    def grad_x(self, dy, ds, w, a, x_type):
+        dy2, ds2 = _matrix(dy), _matrix(ds)
+        (tokens, n_out), (n_in, rank) = dy2.shape, a.shape
+        bt, bi, bo = min(tokens, _TOKENS), min(n_in, _FEATURES), min(n_out, _FEATURES)
+        dx = pl.pallas_call(
+            partial(_grad_x_kernel, dot=self._kernel_dot, n_out=n_out),
+            grid=(pl.cdiv(tokens, bt), pl.cdiv(n_in, bi), pl.cdiv(n_out, bo)),
+            in_specs=[
+                pl.BlockSpec((bt, bo), lambda t, i, o: (t, o)),
+                pl.BlockSpec((bt, rank), lambda t, i, o: (t, 0)),
+                pl.BlockSpec((bi, bo), lambda t, i, o: (i, o)),
+                pl.BlockSpec((rank, bi), lambda t, i, o: (0, i)),
+            ],
+            out_specs=pl.BlockSpec((bt, bi), lambda t, i, o: (t, i)),
+            out_shape=_like(dy, (tokens, n_in), self.compute),
+            scratch_shapes=[pltpu.VMEM((bt, bi), self.accumulate)],
+            **self._options("parallel", "parallel", "arbitrary"),
+        )(*self._operands(dy2, ds2, w, a.T))
+        return dx.reshape(*dy.shape[:-1], n_in)
+
+    def _operands(self, *arrays):
+        return (v.astype(self.compute) for v in arrays)
+
+    def _options(self, *semantics):
+        return {"compiler_params": pltpu.CompilerParams(dimension_semantics=semantics), "interpret": self.interpret}
+
+    def _kernel_dot(self, lhs, rhs, lhs_axis, rhs_axis):
+        return self._dot_general(lhs, rhs, (lhs_axis,), (rhs_axis,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InterpretedPieces(PallasPieces):
+    """The kernels run by Pallas' interpreter, which fills what lies beyond an edge, and fresh memory, with NaN."""
+
+    interpret: ClassVar[bool] = True
+
+
+def _matrix(v):
+    return v.reshape(v.size // v.shape[-1], v.shape[-1])
+
+
+def _like(v, shape, dtype):
+    """An output that varies over the mesh axes of `shard_map` as `v` does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(v).manual_axis_type)
+
+
+def _inside(block, axis: int, index, size: int):
+    """The block, the `index`-th along `axis`, with zeros beyond the edge of an array of that `size`."""
+    if size % block.shape[axis] == 0:
+        return block
+    position = index * block.shape[axis] + lax.broadcasted_iota(jnp.int32, block.shape, axis)
+    return jnp.where(position < size, block, jnp.zeros_like(block))
+
+
+def _forward_kernel(scale, x, w, at, b, y, h, total, *, dot, n_in):
+    column, k = pl.program_id(1), pl.program_id(2)
+    x_block = _inside(x[...], 1, k, n_in)
+
+    @pl.when(k == 0)
+    def _():
+        total[...] = jnp.zeros_like(total)
+
+    @pl.when((column == 0) & (k == 0))
+    def _():
+        h[...] = jnp.zeros_like(h)
+
+    # h is complete after the first column of blocks, and stays in VMEM for the others.
+    @pl.when(column == 0)
+    def _():
+        h[...] += dot(x_block, _inside(at[...], 1, k, n_in), 1, 1)
+
+    total[...] += dot(x_block, _inside(w[...], 0, k, n_in), 1, 0)
+
+    @pl.when(k == pl.num_programs(2) - 1)
+    def _():
+        y[...] = (total[...] + dot(scale[0] * h[...], b[...], 1, 0)).astype(y.dtype)
+
+
+def _read_dy_kernel(dy, h, b, u, h_dy, *, dot, tokens, n_out):
+    column, row = pl.program_id(0), pl.program_id(1)
+    dy_block = _inside(_inside(dy[...], 0, row, tokens), 1, column, n_out)
+
+    @pl.when(row == 0)
+    def _():
+        h_dy[...] = jnp.zeros_like(h_dy)
+
+    u[...] = dot(dy_block, _inside(b[...], 1, column, n_out), 1, 1)
+    h_dy[...] += dot(_inside(h[...], 0, row, tokens), dy_block, 0, 0)
+
+
+def _grad_a_kernel(ds, x, da_t, *, dot, tokens):
+    row = pl.program_id(1)
+
+    @pl.when(row == 0)
+    def _():
+        da_t[...] = jnp.zeros_like(da_t)
+
+    da_t[...] += dot(_inside(ds[...], 0, row, tokens), _inside(x[...], 0, row, tokens), 0, 0)
+
+
+def _grad_x_kernel(dy, ds, w, at, dx, total, *, dot, n_out):
+    k = pl.program_id(2)
+
+    @pl.when(k == 0)
+    def _():
+        total[...] = dot(ds[...], at[...], 1, 0)
+
+    total[...] += dot(_inside(dy[...], 1, k, n_out), _inside(w[...], 1, k, n_out), 1, 1)
+
+    @pl.when(k == pl.num_programs(2) - 1)
+    def _():
+        dx[...] = total[...].astype(dx.dtype)
