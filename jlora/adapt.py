@@ -187,10 +187,9 @@ def build(
         init = functools.partial(_init, site=site, dtype=dtype)
         abstract = isinstance(leaf, jax.ShapeDtypeStruct)
         own = jax.eval_shape(init, key, leaf) if abstract else init(paths.fold_path(key, path), leaf)
-        stacked = None if site.method.whole_leaf else site.method.init_stack(site, dtype)
         trainable[path] = own.trainable
-        if own.frozen is not None or stacked is not None:
-            frozen[path] = {**(own.frozen or {}), **(stacked or {})}
+        if own.frozen is not None:
+            frozen[path] = own.frozen
         if site.method.group is not None:
             groups.setdefault(site.method.group, {})[path] = site
     for group, members in groups.items():
@@ -224,7 +223,7 @@ def _init(key: jax.Array, leaf: jax.Array, *, site: Site, dtype: Any) -> Params:
         one = jax.vmap(one)
     own = one(_stack_keys(key, stack), site.axes.to_canonical(leaf))
     assert own.shared is None
-    return own
+    return site.method.init_stack(own, site, dtype)
 
 
 def _stack_keys(key: jax.Array, stack: tuple[int, ...]) -> jax.Array:

@@ -78,8 +78,10 @@ class Method:
         """Trainable and frozen parameters for one matrix."""
         raise NotImplementedError(f"{type(self).__name__} does not define init.")
 
-    def init_stack(self, site: Site, dtype: Any) -> Any:
-        """Frozen parameters ``[*stack, ...]`` that differ along the stack and are known from the configuration."""
+    def init_stack(self, p: Params, site: Site, dtype: Any) -> Params:
+        """``p``, what ``init`` gave for all matrices together ``[*stack, ...]``, with what differs along the stack by
+        configuration."""
+        return p
 
     def init_shared(self, key: PRNGKeyArray, sites: dict[str, Site], dtype: Any) -> Params:
         """Trainable and frozen parameters of the group, for all the leaves together."""
@@ -136,6 +138,11 @@ class Method:
     @property
     def name(self) -> str:
         return type(self).__name__
+
+    def __str__(self) -> str:
+        """The call that makes it, without what is at its default."""
+        fields = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        return f"{self.name}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in fields)})"
 
     def describe(self) -> dict[str, str]:
         """Columns of ``jlora.summary``: rank and scale, where the method has them."""

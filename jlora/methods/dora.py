@@ -60,6 +60,10 @@ class DoRA(LoRA):
         magnitude = column_norms(w, Factors(pair.a, pair.b, scale)).astype(dtype)
         return Params(trainable={"factors": pair, "magnitude": magnitude})
 
+    def init_stack(self, p: Params, site: Site, dtype: Any) -> Params:
+        inner = super().init_stack(p._replace(trainable=p.trainable["factors"]), site, dtype)
+        return inner._replace(trainable=p.trainable | {"factors": inner.trainable})
+
     def count(self, site: Site) -> int:
         return super().count(site) + site.stack * site.canonical_shape[2]
 

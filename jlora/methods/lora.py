@@ -120,11 +120,11 @@ class LoRA(Method):
             pair = a, jnp.zeros((self.rank, n_out), dtype)
         return Params(trainable=Factors(*pair, scale=1.0 if self.varies else self.scale))
 
-    def init_stack(self, site: Site, dtype: Any) -> Any:
+    def init_stack(self, p: Params, site: Site, dtype: Any) -> Params:
         if not self.varies:
-            return None
-        per_index = self.per_index(site.canonical_shape[0][0])
-        return {"scale": jnp.asarray(np.array([self.scale_of(r, alpha) for r, alpha in per_index]), dtype)}
+            return p
+        scales = [self.scale_of(r, alpha) for r, alpha in self.per_index(site.canonical_shape[0][0])]
+        return Params(self.mask_ranks(p.trainable), {"scale": jnp.asarray(np.array(scales), dtype)})
 
     def mask_ranks(self, factors: Factors) -> Factors:
         """A stacked pair with everything beyond each index's true rank set to zero."""
