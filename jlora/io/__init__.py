@@ -1,0 +1,4 @@
+"""Adapters as files that other libraries read and write."""
+
+from jlora.io.load import load_peft as load_peft
+from jlora.io.save import save_peft as save_peft

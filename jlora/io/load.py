@@ -1,0 +1,508 @@
+"""From a PEFT directory to an ``Adapted``."""
+
+import collections
+import dataclasses
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from jlora import paths
+from jlora.adapt import Adapted, build
+from jlora.io import files, matching
+from jlora.io.format import Format
+from jlora.io.formats import FORMATS
+from jlora.io.layouts import View, candidates, from_torch, to_torch, view
+from jlora.io.names import Names, Place, Tree
+from jlora.methods import Full, Offset, Site
+from jlora.weight import Axes, Params
+
+# Config fields that say which modules, or nothing that changes the numbers.
+_COMMON = frozenset(
+    "peft_type peft_version task_type base_model_name_or_path revision inference_mode auto_mapping runtime_config "
+    "target_modules exclude_modules modules_to_save layers_to_transform layers_pattern bias fan_in_fan_out".split()
+)
+_ROWS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    key: str
+    array: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+
+@dataclasses.dataclass
+class _Content:
+    """The tensors of a file by what they are.
+
+    Attributes:
+      modules: the format's own, by module and suffix. Parameters of one module nest: ``experts.base_layer`` is another.
+      whole: full copies of parameters, by name.
+      base: full copies of the base weights of adapted modules, by name.
+      shared: the format's tensors for the whole model.
+    """
+
+    modules: dict[str, dict[str, _Tensor]]
+    whole: dict[str, _Tensor]
+    base: dict[str, _Tensor]
+    shared: dict[str, _Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Member:
+    """A module of the file at its place in the tree."""
+
+    place: Place
+    prefix: str
+    tensors: dict[str, _Tensor]
+
+
+class _Diff:
+    """What does not fit, as a table."""
+
+    def __init__(self):
+        self.rows: list[tuple[str, str, str, str]] = []
+
+    def add(self, key: str, path: str | None, expected: Any, found: Any) -> None:
+        self.rows.append((key, path or "-", str(expected), str(found)))
+
+    def check(self, where: str) -> None:
+        if not self.rows:
+            return
+        head = ("tensor", "leaf", "expected", "found")
+        table = [head, *sorted(self.rows)[:_ROWS]]
+        widths = [max(len(row[i]) for row in table) for i in range(4)]
+        lines = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
+        more = [f"  ... and {len(self.rows) - _ROWS} more"] if len(self.rows) > _ROWS else []
+        raise ValueError(
+            "\n".join(
+                [
+                    f"{where} does not fit these parameters:",
+                    *lines,
+                    *more,
+                    "Is it the adapter of another model? If the leaves are only called otherwise, pass "
+                    "load_peft(..., names=function from the path of a leaf to the name of its PyTorch module).",
+                ]
+            )
+        )
+
+
+def load_peft(
+    directory: str | os.PathLike[str],
+    params: PyTree,
+    *,
+    names: Names | None = None,
+    axes: Mapping[paths.Pattern, Axes] | None = None,
+    usage: Mapping[str, Any] | None = None,
+) -> Adapted:
+    """Read an adapter that PEFT (or ``save_peft``) wrote.
+
+    >>> adapted = jlora.io.load_peft("adapter", params)
+    >>> logits = jlora.lift(model.apply)(adapted.bind(), ids)
+
+    Leaves are found by name: the path's own segments, joined by dots, are PyTorch's name of the module, and a stacked
+    leaf is one module for each layer (``jlora.io.names.Tree`` has the rule). Every tensor of the file must have a place
+    and every module that the config selects must have its tensors. Layers without tensors, and ranks that differ from
+    layer to layer, become ``ranks`` and ``alphas`` of the method on a stacked leaf. Full copies (``modules_to_save``,
+    trained biases) become ``Full``, ``lora_bias`` becomes ``Offset``. A table that the tree uses as its output head too
+    is adapted for its lookups only, as PEFT does (``lookup_only``).
+
+    Args:
+      directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      params: the base model's parameters, nested by PyTorch's names or flat under them, stacked or not.
+      names: path of a leaf -> name of its PyTorch module, or None if it has none; without it, the rule above. For a
+        stacked leaf the number goes to a ``*`` in the name, else after ``layers``, ``h``, ``block`` and the like.
+      axes, usage: as for ``jlora.adapt``. Needed where neither a leaf's name nor its shape tells inputs from outputs: a
+        square matrix called ``weight``, or a square one of experts.
+
+    Returns:
+      An ``Adapted``, its adapters in float32 or the leaf's dtype if that is wider.
+
+    Raises:
+      FileNotFoundError: one of the two files is not there.
+      ValueError: the file is damaged, of a kind that is not read, or does not fit: the message has a table.
+    """
+    directory = pathlib.Path(directory)
+    where = str(directory)
+    config = files.read_config(directory)
+    fmt = _format(config, where)
+    content = _sort(files.read_tensors(directory), fmt, where)
+    tree = Tree(params, names, axes, usage)
+    diff = _Diff()
+
+    members = _locate(tree, fmt, config, content, diff)
+    sites, views = _sites(tree, fmt, config, members, diff, where)
+    _missing(tree, fmt, config, content, members, sites, views, diff)
+    offsets = _offsets(tree, fmt, config, members, diff)
+    whole = _whole(tree, config, content.whole, sites, diff, where)
+    base = _base(tree, config, content.base, diff)
+    diff.check(where)
+    if both := sorted(whole.keys() & offsets.keys()):
+        raise ValueError(f"{where}: for {both[0]!r} the file has a bias and lora_bias, two names for one thing.")
+    sites |= {path: Site(Full(), None, tuple(tree.leaves[path].shape)) for path in whole}
+    sites |= {path: Site(Offset(s), None, tuple(tree.leaves[path].shape)) for path, (s, _) in offsets.items()}
+
+    if base:
+        params = jax.tree.unflatten(tree.treedef, [base.get(path, leaf) for path, leaf in tree.leaves.items()])
+        tree.leaves |= base
+    sites = {path: sites[path] for path in tree.leaves if path in sites}
+    abstract = {path: jax.ShapeDtypeStruct(tree.leaves[path].shape, tree.leaves[path].dtype) for path in sites}
+    built = build(params, sites, key=jax.random.key(0), arrays=abstract)
+    trainable, frozen = {}, {}
+    for path, site in sites.items():
+        if path in whole:
+            trainable[path] = _fill(built.trainable[path], {"": whole[path]})
+        elif path in offsets:
+            trainable[path] = _fill(built.trainable[path], {"delta": offsets[path][1]})
+        else:
+            filled = _fill(built.trainable[path], _values(tree, fmt, site, views[path], members[path]))
+            own = site.method.init_stack(Params(filled), site, jax.tree.leaves(filled)[0].dtype)
+            trainable[path] = own.trainable
+            if own.frozen is not None:
+                frozen[path] = own.frozen
+    if fmt.shared:
+        shared = {name: tensor.array for name, tensor in content.shared.items()}
+        try:
+            groups = fmt.read_shared(config, list(views.values()), shared)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}.") from None
+        frozen |= {group: _fill_shared(built.frozen[group], arrays) for group, arrays in groups.items()}
+    return built.replace(trainable=trainable, frozen=frozen)
+
+
+# The file.
+
+
+def _format(config: Mapping[str, Any], where: str) -> Format:
+    kind = config.get("peft_type")
+    if kind not in FORMATS:
+        raise ValueError(f"{where}: adapters of peft_type {kind!r} are not read; those that are: {sorted(FORMATS)}.")
+    fmt = FORMATS[kind]
+    known = _COMMON | fmt.fields | fmt.inert
+    real = {k: v for k, v in config.items() if k not in known and not (v is None or v is False or v in ({}, [], ""))}
+    if real:
+        asked = ", ".join(f"{k}={v!r}" for k, v in sorted(real.items()))
+        raise ValueError(f"{where}: the config asks for {asked}, which is not read here and may change the result.")
+    bias = config.get("bias", "none")
+    problem = fmt.check(config)
+    if bias not in ("none", "all", fmt.own_biases):
+        problem = f"bias={bias!r}, where 'none', 'all' or {fmt.own_biases!r} is wanted"
+    if problem:
+        raise ValueError(f"{where}: {problem}.")
+    return fmt
+
+
+def _suffix_pattern(suffix: str) -> re.Pattern:
+    """A key that ends so, with or without the adapter's name in its usual place."""
+    stem, dot, last = suffix.partition(".")
+    named = rf"(?:\.[^.]+)?\.{last}" if dot else r"(?:\.[^.]+){0,2}"
+    return re.compile(rf"(?:(.+)\.)?{stem}{named}")
+
+
+def _sort(tensors: Mapping[str, np.ndarray], fmt: Format, where: str) -> _Content:
+    suffixes = [*fmt.suffixes, *([fmt.offset] if fmt.offset else [])]
+    patterns = {suffix: _suffix_pattern(suffix) for suffix in (*suffixes, *fmt.shared)}
+    content = _Content(collections.defaultdict(dict), {}, {}, {})
+    for key, array in tensors.items():
+        name = re.sub(r"^base_model\.(model\.)?", "", key)
+        tensor = _Tensor(key, array)
+        for suffix, pattern in patterns.items():
+            if match := pattern.fullmatch(name):
+                module = match[1] or ""
+                target = content.shared if suffix in fmt.shared else content.modules[module]
+                break
+        else:
+            module, _, suffix = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name).rpartition(".")
+            base = module.endswith(".base_layer") and suffix != "bias"
+            target = content.base if base else content.whole
+            suffix = f"{module.removesuffix('.base_layer')}.{suffix}".lstrip(".")
+        if suffix in target:
+            raise ValueError(
+                f"{where}: {target[suffix].key} and {key} are the same tensor of two adapters; save one at a time."
+            )
+        target[suffix] = tensor
+    return content
+
+
+# Adapted weights.
+
+
+def _locate(
+    tree: Tree, fmt: Format, config: Mapping[str, Any], content: _Content, diff: _Diff
+) -> dict[str, dict[tuple[int, ...], _Member]]:
+    """The modules of the file by leaf and index."""
+    nested: dict[str, dict[int, str]] = collections.defaultdict(dict)
+    for module in content.modules:
+        stem = re.sub(r"(\.base_layer)+$", "", module)
+        nested[stem][module.count(".base_layer", len(stem))] = module
+    found: dict[str, dict[tuple[int, ...], _Member]] = collections.defaultdict(dict)
+    for stem, levels in nested.items():
+        place = tree.places.get(f"{stem}.weight")
+        if place is not None and list(levels) == [0]:
+            pairs = [(place, levels[0])]
+        else:
+            pairs = _nested_parameters(tree, fmt, config, content, stem, levels)
+        for place, module in pairs:
+            prefix = next(iter(content.modules[module].values())).key
+            prefix = prefix[: prefix.index(module) + len(module)]
+            found[place.path][place.index] = _Member(place, prefix, content.modules[module])
+        if not pairs:
+            for module in levels.values():
+                for tensor in content.modules[module].values():
+                    diff.add(tensor.key, None, "no such leaf", tensor.shape)
+    return found
+
+
+def _nested_parameters(
+    tree: Tree, fmt: Format, config: Mapping[str, Any], content: _Content, module: str, levels: Mapping[int, str]
+) -> list[tuple[Place, str]]:
+    """Which bare parameter of a module each level of nesting is. PEFT nests them in the order in which the PyTorch
+    module defines them, the first innermost, and writes down neither names nor order: shapes decide, and where they do
+    not, the order in the config."""
+    order = {place: matching.target_parameter(config, place.name) for place in tree.bare(module)}
+    places = sorted((place for place in order if order[place] is not None), key=order.__getitem__)
+    if len(places) != len(levels):
+        return []
+    inner_first = [levels[level] for level in sorted(levels, reverse=True)]
+    for permuted in itertools.permutations(places):
+        pairs = list(zip(permuted, inner_first, strict=True))
+        if all(_layouts(tree, fmt, place, content.modules[name])[0] for place, name in pairs):
+            return pairs
+    return list(zip(places, inner_first, strict=True))
+
+
+def _layouts(tree: Tree, fmt: Format, place: Place, tensors: Mapping[str, _Tensor]) -> tuple[list[Axes], list[Axes]]:
+    """The axes that a leaf may have: those that agree with the shapes of the file, and all."""
+    hint = fmt.hint({suffix: tensor.shape for suffix, tensor in tensors.items()})
+    shape, given = tree.leaves[place.path].shape, tree.given(place.path)
+    # Patterns for axes are often broad: those of linear weights do not speak of the tables that they happen to match.
+    if given is not None and hint.kind in (None, given.kind):
+        options = [given]
+    else:
+        options = candidates(tree.last(place.path), shape, hint.kind, len(place.index), place.bare)
+    return [option for option in options if hint.fits(option, shape)], options
+
+
+def _sites(
+    tree: Tree,
+    fmt: Format,
+    config: Mapping[str, Any],
+    members: Mapping[str, Mapping[tuple[int, ...], _Member]],
+    diff: _Diff,
+    where: str,
+) -> tuple[dict[str, Site], dict[str, View]]:
+    sites, views = {}, {}
+    for path, at in members.items():
+        first = next(iter(at.values()))
+        place, shape = first.place, tuple(tree.leaves[path].shape)
+        fitting, options = _layouts(tree, fmt, place, first.tensors)
+        if len(fitting) > 1:
+            raise ValueError(
+                f"Which axes of {path!r} {shape} are inputs and outputs is not known: neither its name nor its shape "
+                f"tells. Pass load_peft(..., axes={{{path!r}: jlora.Axes(inputs=(...), outputs=(...))}}), with a "
+                "pattern for all such leaves, or usage=jlora.usage(apply, params, batch)."
+            )
+        if not options:
+            for tensor in first.tensors.values():
+                diff.add(tensor.key, path, f"no tensor: the leaf is {shape}", tensor.shape)
+            continue
+        axes = (fitting or options)[0]
+        views[path] = view(axes, shape, tree.last(path), place.bare, len(place.index))
+        for member in at.values():
+            wanted = fmt.shapes(config, member.place.target, views[path])
+            for suffix in wanted.keys() | member.tensors.keys() - {fmt.offset}:
+                tensor = member.tensors.get(suffix)
+                found = "missing" if tensor is None else tensor.shape
+                if found != wanted.get(suffix):
+                    key = f"{member.prefix}.{suffix}" if tensor is None else tensor.key
+                    diff.add(key, path, wanted.get(suffix, "no such tensor"), found)
+        named = [at.get(p.index) and p.target for p in tree.by_path[path]]
+        method = fmt.method(config, named, tied=axes.kind == "embedding" and tree.tied(path))
+        if getattr(method, "varies", False) and len(axes.stack) != 1:
+            raise ValueError(
+                f"{where}: rank or alpha differ along the leaf {path!r} {shape}, which is stacked over "
+                f"{len(axes.stack)} axes; they may differ along one. Use a tree that holds the layers apart."
+            )
+        if None in named and len(axes.stack) != 1:
+            absent = [p.module for p in tree.by_path[path] if p.index not in at]
+            raise ValueError(f"{where}: {path!r} {shape} holds layers that have no tensors in the file: {absent[:3]}.")
+        sites[path] = Site(method, axes, shape)
+    return sites, views
+
+
+def _missing(
+    tree: Tree,
+    fmt: Format,
+    config: Mapping[str, Any],
+    content: _Content,
+    members: Mapping[str, Mapping[tuple[int, ...], _Member]],
+    sites: Mapping[str, Site],
+    views: Mapping[str, View],
+    diff: _Diff,
+) -> None:
+    """Rows for everything that the config promises and the file does not hold."""
+    here = {place.name for at in members.values() for place in (member.place for member in at.values())}
+    matrices = {place.module: place for place in tree.matrices()}
+    expected = [matrices[module] for module in matching.targeted(config, matrices)]
+    expected += [p for p in tree.places.values() if p.bare and matching.target_parameter(config, p.name) is not None]
+    for place in expected:
+        if place.name in here:
+            continue
+        shape, known = tree.leaves[place.path].shape, views.get(place.path)
+        if known is None:
+            given = tree.given(place.path)
+            last = tree.last(place.path)
+            options = [given] if given else candidates(last, shape, None, len(place.index), place.bare)
+            known = view(options[0], shape, last, place.bare, len(place.index)) if len(options) == 1 else None
+        if known is None:
+            diff.add(f"base_model.model.{place.module}.*", place.path, f"for a leaf {tuple(shape)}", "missing")
+            continue
+        for suffix, wanted in fmt.shapes(config, place.target, known).items():
+            diff.add(f"base_model.model.{place.module}.{suffix}", place.path, wanted, "missing")
+    copies = matching.saved(config, tree.modules())
+    bias = config.get("bias", "none")
+    adapted = {member.place.module for at in members.values() for member in at.values() if not member.place.bare}
+    for place in tree.places.values():
+        own = place.param == "bias" and (bias == "all" or (bias != "none" and place.module in adapted))
+        if (own or place.module in copies) and place.name not in content.whole:
+            name = f"{place.module}.base_layer.bias" if place.module in adapted else place.name
+            diff.add(f"base_model.model.{name}", place.path, _torch_shape(tree, place), "missing")
+
+
+def _values(
+    tree: Tree, fmt: Format, site: Site, view: View, at: Mapping[tuple[int, ...], _Member]
+) -> dict[str, list[tuple[tuple[int, ...], np.ndarray]]]:
+    """For each trainable array of a leaf, its pieces and where they go."""
+    pieces = collections.defaultdict(list)
+    for index in np.ndindex(*site.canonical_shape[0][: len(next(iter(at)))]):
+        if index in at:
+            arrays = fmt.read(view, {suffix: tensor.array for suffix, tensor in at[index].tensors.items()})
+        else:
+            one = tree.leaves[next(iter(at.values())).place.path]
+            arrays = fmt.absent(site.method, lambda leaf=one, i=index: site.axes.to_canonical(np.asarray(leaf))[i])
+        for name, array in arrays.items():
+            pieces[name].append((index, array))
+    return pieces
+
+
+def _fill(empty: Any, values: Mapping[str, list[tuple[tuple[int, ...], np.ndarray]]]) -> Any:
+    """A tree like ``empty`` of zeros with the pieces laid in, each at the start of its index: ranks are padded."""
+    leaves, treedef = paths.flatten(empty)
+    assert {name for name, _ in leaves} >= set(values)
+    out = []
+    for name, leaf in leaves:
+        buffer = np.zeros(leaf.shape, leaf.dtype)
+        for index, piece in values.get(name, ()):
+            buffer[index][tuple(map(slice, piece.shape))] = piece
+        out.append(jnp.asarray(buffer))
+    return jax.tree.unflatten(treedef, out)
+
+
+def _fill_shared(empty: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    return {name: jnp.asarray(arrays[name], empty[name].dtype) for name in empty}
+
+
+# Everything else: biases, full copies, tables.
+
+
+def _offsets(
+    tree: Tree,
+    fmt: Format,
+    config: Mapping[str, Any],
+    members: Mapping[str, Mapping[tuple[int, ...], _Member]],
+    diff: _Diff,
+) -> dict[str, tuple[float, list[tuple[tuple[int, ...], np.ndarray]]]]:
+    """(scale, pieces) of the vectors that are added to a module's output, by the leaf of the module's bias."""
+    found = collections.defaultdict(list)
+    for member in (member for at in members.values() for member in at.values()):
+        tensor = member.tensors.get(fmt.offset)
+        if tensor is None:
+            continue
+        module = member.place.module
+        place = tree.places.get(f"{module}.bias")
+        if place is None:
+            # Without a bias in the model there is no leaf to carry it; zeros need none.
+            if tensor.array.any():
+                diff.add(tensor.key, None, f"no tensor: {module} has no bias", tensor.shape)
+            continue
+        delta = from_torch("bias", tree.slice_shape(place), tensor.array, False)
+        if delta is None:
+            diff.add(tensor.key, place.path, _torch_shape(tree, place), tensor.shape)
+            continue
+        found[place.path].append((place.index, fmt.scale(config, module), delta))
+    offsets = {}
+    for path, each in found.items():
+        scales = {scale for _, scale, _ in each}
+        common = scales.pop() if len(scales) == 1 else 1.0
+        offsets[path] = (common, [(i, d if s == common else d * (s / common)) for i, s, d in each])
+    return offsets
+
+
+def _whole(
+    tree: Tree,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, _Tensor],
+    sites: Mapping[str, Site],
+    diff: _Diff,
+    where: str,
+) -> dict[str, list[tuple[tuple[int, ...], np.ndarray]]]:
+    """The pieces of leaves that the file holds full copies of."""
+    pieces = collections.defaultdict(list)
+    for name, tensor in tensors.items():
+        place = tree.places.get(name)
+        if place is None or place.path in sites:
+            diff.add(tensor.key, place and place.path, "no full copy" if place else "no such leaf", tensor.shape)
+            continue
+        shape = tree.slice_shape(place)
+        fan_in_fan_out = config.get("fan_in_fan_out", False)
+        array = from_torch(tree.last(place.path), shape, tensor.array, fan_in_fan_out)
+        if array is None:
+            diff.add(tensor.key, place.path, _torch_shape(tree, place), tensor.shape)
+            continue
+        pieces[place.path].append((place.index, array))
+    for path, found in pieces.items():
+        absent = [place for place in tree.by_path[path] if place.index not in {index for index, _ in found}]
+        if absent:
+            raise ValueError(
+                f"{where}: of the stacked leaf {path!r} the file holds {len(found)} of {len(tree.by_path[path])} "
+                f"layers; {absent[0].name} is not there. A stacked leaf is trained as a whole: use a tree that holds "
+                "the layers apart."
+            )
+    return pieces
+
+
+def _base(tree: Tree, config: Mapping[str, Any], tensors: Mapping[str, _Tensor], diff: _Diff) -> dict[str, jax.Array]:
+    """Base weights that came with the adapter (of embeddings and heads) where they differ from the tree's."""
+    changed = {}
+    for name, tensor in tensors.items():
+        place = tree.places.get(name)
+        array = None
+        if place is not None and not place.index:
+            fan_in_fan_out = config.get("fan_in_fan_out", False)
+            array = from_torch(tree.last(place.path), tree.slice_shape(place), tensor.array, fan_in_fan_out)
+        if array is None:
+            expected = _torch_shape(tree, place) if place else "no such leaf"
+            diff.add(tensor.key, place and place.path, expected, tensor.shape)
+            continue
+        leaf = tree.leaves[place.path]
+        array = array.astype(leaf.dtype)
+        if not np.array_equal(array, np.asarray(leaf)):
+            changed[place.path] = jnp.asarray(array)
+    return changed
+
+
+def _torch_shape(tree: Tree, place: Place) -> Sequence[int]:
+    shape = tree.slice_shape(place)
+    array = to_torch(tree.last(place.path), np.broadcast_to(np.zeros(()), shape))
+    return shape if array is None else array.shape

@@ -1,0 +1,221 @@
+"""``peft_type`` LORA: LoRA, rsLoRA and DoRA.
+
+==================  =====================================  ==========================================================
+weight              tensors                                jlora
+==================  =====================================  ==========================================================
+linear              lora_A [r, in], lora_B [out, r]        a = A^T [in, r], b = B^T [r, out]
+embedding           lora_embedding_A [r, vocab], _B        the same
+convolution         lora_A [r, in, *window],               a = A flattened to [in, r] in the kernel's own order
+                    lora_B [out, r, 1, ...]
+bare parameter      lora_A [E r, in], rows expert by       a [E, in, r], b [E, r, out]
+                    expert; lora_B [out, r E], columns
+                    rank by rank
+DoRA beside these   lora_magnitude_vector [out],           magnitude [out]
+                    [1, out, 1, ...] for a convolution
+==================  =====================================  ==========================================================
+
+The scale is not stored: alpha / r, or alpha / sqrt(r) with ``use_rslora``, of each module's own r and alpha.
+"""
+
+import collections
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.io import matching
+from jlora.io.format import Arrays, Config, Format, Tensors, Written
+from jlora.io.layouts import Hint, View
+from jlora.methods import DoRA, LoRA, Method
+
+_A, _B, _EMBEDDING_A, _EMBEDDING_B = "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"
+_MAGNITUDE = "lora_magnitude_vector"
+# These start from factors of the base weight and leave the base changed; the file holds what is relative to that.
+_CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Facts:
+    method: LoRA
+    rank: int
+    alpha: float
+    experts: bool
+
+
+class LoraFormat(Format):
+    """LORA."""
+
+    peft_type = "LORA"
+    methods = (LoRA, DoRA)
+    suffixes = (_A, _B, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE)
+    offset = "lora_B.bias"
+    fields = frozenset(
+        "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern lora_bias init_lora_weights "
+        "target_parameters".split()
+    )
+    inert = frozenset(
+        "eva_config corda_config lora_ga_config loftq_config megatron_core qalora_group_size".split()
+    )  # of the last two the switches are elsewhere
+
+    def check(self, config: Config) -> str | None:
+        init = config.get("init_lora_weights", True)
+        if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
+            return (
+                f"init_lora_weights={init!r}: the tensors are relative to a base weight that this initialization "
+                "changed. Convert it to plain LoRA in PEFT: save_pretrained(..., path_initial_model_for_weight_"
+                "conversion=...)"
+            )
+        return None
+
+    def _rank_alpha(self, config: Config, name: str) -> tuple[int, float]:
+        rank = matching.by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
+        return rank, matching.by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
+
+    def scale(self, config: Config, name: str) -> float:
+        rank, alpha = self._rank_alpha(config, name)
+        return LoRA(rank, alpha, rslora=config.get("use_rslora", False)).scale
+
+    def hint(self, shapes: Mapping[str, Sequence[int]]) -> Hint:
+        embedding = _EMBEDDING_A in shapes or _EMBEDDING_B in shapes
+        a, b = (shapes.get(key) for key in ((_EMBEDDING_A, _EMBEDDING_B) if embedding else (_A, _B)))
+        n_in = int(np.prod(a[1:])) if a and len(a) > 1 else None
+        kind = "embedding" if embedding else "conv" if a and len(a) > 2 else "linear"
+        return Hint(kind, n_in, b[0] if b else None)
+
+    def shapes(self, config: Config, name: str, view: View) -> dict[str, tuple[int, ...]]:
+        rank, _ = self._rank_alpha(config, name)
+        if view.kind == "embedding":
+            shapes = {_EMBEDDING_A: (rank, view.n_in), _EMBEDDING_B: (view.n_out, rank)}
+        elif view.kind == "conv":
+            ones = (1,) * (len(view.window) - 1)
+            shapes = {_A: (rank, *view.window), _B: (view.n_out, rank, *ones)}
+        else:
+            rows = math.prod(view.experts) * rank
+            shapes = {_A: (rows, view.n_in), _B: (view.n_out, rows)}
+        if config.get("use_dora"):
+            ones = (1,) * (len(view.window) - 1)
+            shapes[_MAGNITUDE] = (1, view.n_out, *ones) if view.kind == "conv" else (view.n_out,)
+        return shapes
+
+    def method(self, config: Config, names: Sequence[str | None], tied: bool) -> Method:
+        each = [self._rank_alpha(config, name) if name is not None else None for name in names]
+        ranks = tuple(pair[0] if pair else 0 for pair in each)
+        # The alpha of a layer that is not adapted plays no part; an equal one keeps the method simple.
+        some_alpha = next(pair[1] for pair in each if pair)
+        alphas = tuple(pair[1] if pair else some_alpha for pair in each)
+        cls = DoRA if config.get("use_dora") else LoRA
+        return cls(
+            rank=max(ranks),
+            alpha=some_alpha,
+            rslora=bool(config.get("use_rslora", False)),
+            dropout=config.get("lora_dropout", 0.0),
+            init_a="gaussian" if config.get("init_lora_weights") == "gaussian" else "default",
+            ranks=ranks if len(set(ranks)) > 1 else None,
+            alphas=alphas if len(set(alphas)) > 1 else None,
+            lookup_only=tied,
+        )
+
+    def read(self, view: View, tensors: Tensors) -> Arrays:
+        if view.kind == "embedding":
+            a, b = tensors[_EMBEDDING_A].T, tensors[_EMBEDDING_B].T
+        elif view.kind == "conv":
+            a, b = view.window_rows(tensors[_A]), tensors[_B].reshape(view.n_out, -1).T
+        elif view.kind == "experts":
+            n = math.prod(view.experts)
+            a = tensors[_A].reshape(n, -1, view.n_in).transpose(0, 2, 1).reshape(*view.experts, view.n_in, -1)
+            b = tensors[_B].reshape(view.n_out, -1, n).transpose(2, 1, 0).reshape(*view.experts, -1, view.n_out)
+        else:
+            a, b = tensors[_A].T, tensors[_B].T
+        if _MAGNITUDE not in tensors:
+            return {"a": a, "b": b}
+        return {"factors/a": a, "factors/b": b, "magnitude": tensors[_MAGNITUDE].reshape(-1)}
+
+    def absent(self, method: Method, weight: Callable[[], np.ndarray]) -> Arrays:
+        # DoRA's gain, the magnitude over the norm, is then 1.
+        return {"magnitude": _norms(weight())} if isinstance(method, DoRA) else {}
+
+    def write(
+        self, method: LoRA, layer: int | None, view: View, arrays: Arrays, weight: Callable[[], np.ndarray]
+    ) -> Written | None:
+        rank, alpha = method.rank, method.alpha
+        if layer is not None and method.varies:
+            rank = method.ranks[layer] if method.ranks else rank
+            alpha = method.alphas[layer] if method.alphas else alpha
+        dora = isinstance(method, DoRA)
+        if dora and view.kind == "experts":
+            raise ValueError("PEFT has no DoRA for bare parameters. Merge the adapter instead: jlora.merge.")
+        a, b = (arrays["factors/a"], arrays["factors/b"]) if dora else (arrays["a"], arrays["b"])
+        if rank == 0:
+            if not dora or np.allclose(arrays["magnitude"], _norms(weight()), rtol=1e-5):
+                return None
+            rank = 1  # PEFT has no magnitudes without a pair: this one is zero
+        a, b = a[..., :rank], b[..., :rank, :]
+        if view.kind == "embedding":
+            tensors = {_EMBEDDING_A: a.T, _EMBEDDING_B: b.T}
+        elif view.kind == "conv":
+            ones = (1,) * (len(view.window) - 1)
+            tensors = {_A: view.window_tensor(a), _B: b.T.reshape(view.n_out, rank, *ones)}
+        elif view.kind == "experts":
+            a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+            tensors = {
+                _A: a.transpose(0, 2, 1).reshape(-1, view.n_in),
+                _B: b.transpose(2, 1, 0).reshape(view.n_out, -1),
+            }
+        else:
+            tensors = {_A: a.T, _B: b.T}
+        if dora:
+            ones = (1,) * (len(view.window) - 1)
+            magnitude = arrays["magnitude"]
+            tensors[_MAGNITUDE] = magnitude.reshape(1, -1, *ones) if view.kind == "conv" else magnitude
+        return Written(tensors, _Facts(method, rank, alpha, view.kind == "experts"), view.n_out)
+
+    def offset_scale(self, facts: _Facts) -> float | None:
+        if facts.experts or isinstance(facts.method, DoRA):
+            return None
+        return facts.method.scale_of(facts.rank, facts.alpha)
+
+    def config(self, facts: Mapping[str, _Facts]) -> dict[str, Any]:
+        methods = {fact.method for fact in facts.values()}
+        dora = {isinstance(method, DoRA) for method in methods}
+        if len(dora) > 1:
+            raise ValueError(
+                "PEFT's use_dora holds for all modules of a file, and here some are LoRA and some DoRA: use one of the "
+                "two for all, or merge (jlora.merge)."
+            )
+        rslora = {method.rslora for method in methods}
+        # One file, one rule for the scale: where the methods differ, alpha is what gives each its own under alpha / r.
+        alphas = {
+            name: fact.alpha if len(rslora) == 1 else fact.method.scale_of(fact.rank, fact.alpha) * fact.rank
+            for name, fact in facts.items()
+        }
+        ranks = {name: fact.rank for name, fact in facts.items()}
+        alphas = {name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in alphas.items()}
+        rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+        return {
+            "r": rank,
+            "lora_alpha": alpha,
+            "rank_pattern": {matching.pattern_of(name): r for name, r in ranks.items() if r != rank},
+            "alpha_pattern": {matching.pattern_of(name): value for name, value in alphas.items() if value != alpha},
+            "use_rslora": rslora == {True},
+            "use_dora": dora == {True},
+            "lora_dropout": _dropout(facts.values()),
+            "init_lora_weights": "gaussian" if {method.init_a for method in methods} == {"gaussian"} else True,
+        }
+
+
+def _norms(w: np.ndarray) -> np.ndarray:
+    """Of the columns of [in, out]."""
+    return np.linalg.norm(w.astype(np.promote_types(w.dtype, np.float32)), axis=0)
+
+
+def _dropout(facts: Any) -> float:
+    """One rate for the file; it concerns nothing but further training."""
+    if any(fact.experts for fact in facts):
+        return 0.0  # PEFT refuses to load anything else with bare parameters
+    rates = {fact.method.dropout for fact in facts}
+    if len(rates) > 1:
+        warnings.warn(f"A PEFT config has one dropout rate; of {sorted(rates)} the largest is written.", stacklevel=2)
+    return max(rates)

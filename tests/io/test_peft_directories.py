@@ -1,0 +1,339 @@
+"""Directories that PEFT wrote: read onto three kinds of trees, compared with numpy's idea of the formulas and with
+PEFT's logits, and written again.
+
+Which directories there are is found out by looking (``JLORA_ORACLES``, default ``../shared/oracles``); everything about
+one is read from its own files.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+import jlora
+from jlora import paths
+from jlora.io import load_peft, matching, save_peft
+from jlora.io.formats import FORMATS
+from jlora.train import models
+
+ORACLES = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
+ROOT = ORACLES / "peft_dirs"
+
+
+def config_of(directory: pathlib.Path) -> dict:
+    return json.loads((directory / "adapter_config.json").read_text())
+
+
+# Options that have no counterpart in jlora.
+FOREIGN = (
+    "trainable_token_indices layer_replication alora_invocation_tokens use_qalora use_bdlora kasa_config velora_config "
+    "monteclora_config arrow_config megatron_config"
+).split()
+CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+
+
+def refused(config: dict) -> str | None:
+    """Part of the message with which a directory has to be refused."""
+    if str(config.get("init_lora_weights")).startswith(CHANGED_BASE):
+        return "init_lora_weights"
+    if config.get("save_projection") is False:
+        return "save_projection"
+    return next((field for field in FOREIGN if config.get(field)), None)
+
+
+EVERY = sorted(path.parent.name for path in ROOT.glob("*/adapter_config.json"))
+KNOWN = [name for name in EVERY if config_of(ROOT / name)["peft_type"] in FORMATS]
+READ = [name for name in KNOWN if not refused(config_of(ROOT / name))]
+directories = functools.partial(pytest.mark.parametrize, "name")
+pytestmark = pytest.mark.skipif(not EVERY, reason=f"no adapters under {ROOT}: set JLORA_ORACLES")
+
+
+# The bases.
+
+
+@functools.cache
+def torch_base(base: str) -> dict[str, np.ndarray]:
+    """The base's parameters by their names in PyTorch's memory. Those that the file calls otherwise are made up."""
+    shapes = json.loads((ROOT / base / "module_names.json").read_text())
+    stored = load_file(ROOT / base / "model.safetensors")
+    rng = np.random.default_rng(0)
+    fill = lambda name, shape: stored[name] if name in stored else rng.normal(size=shape).astype("f")
+    return {name: fill(name, shape) for name, shape in shapes.items()}
+
+
+def conv1d(base: str, name: str, array: np.ndarray) -> bool:
+    """Whether a weight is one of GPT-2's, which are [in, out]."""
+    model_type = json.loads((ROOT / base / "config.json").read_text())["model_type"]
+    return model_type == "gpt2" and array.ndim == 2 and ".h." in name
+
+
+def is_table(name: str) -> bool:
+    return re.search(r"(embed_tokens|wte|wpe|_embeddings)\.weight$", name) is not None
+
+
+def nested_tree(base: str) -> dict:
+    """The tree of an unstacked Flax model that keeps PyTorch's module names."""
+    tree: dict = {}
+    for name, array in torch_base(base).items():
+        *modules, last = name.split(".")
+        if last == "weight" and array.ndim > 1:
+            last = "embedding" if is_table(name) else "kernel"
+            if array.ndim == 4:
+                array = array.transpose(2, 3, 1, 0)
+            elif last == "kernel" and not conv1d(base, name, array):
+                array = array.T
+        elif last == "weight":
+            last = "scale"
+        elif array.ndim == 3 and "experts" in name:
+            array = array.transpose(0, 2, 1)
+        at = tree
+        for module in modules:
+            at = at.setdefault(module, {})
+        at[last] = jnp.asarray(array)
+    return tree
+
+
+def flat_tree(base: str) -> dict:
+    return {name: jnp.asarray(array) for name, array in torch_base(base).items()}
+
+
+@functools.cache
+def stacked_model(base: str) -> models.LoadedModel | None:
+    kind = json.loads((ROOT / base / "config.json").read_text())["model_type"]
+    return models.load(ROOT / base) if kind in models.FAMILIES else None
+
+
+def load(name: str, kind: str) -> jlora.Adapted:
+    config = config_of(ROOT / name)
+    base = config["base_model_name_or_path"]
+    if kind == "nested":
+        return load_peft(ROOT / name, nested_tree(base))
+    if kind == "flat":
+        linear = jlora.Axes((0,), (1,)) if config.get("fan_in_fan_out") else jlora.Axes((1,), (0,))
+        return load_peft(ROOT / name, flat_tree(base), axes={"*.weight": linear})
+    model = stacked_model(base)
+    if model is None:
+        pytest.skip(f"{base} has no Flax model here")
+    return load_peft(ROOT / name, model.params)
+
+
+# What the file means, in numpy and PyTorch's layout.
+
+
+def effective(name: str) -> dict[str, np.ndarray]:
+    """Every parameter that the adapter changes, as it is when merged."""
+    config = config_of(ROOT / name)
+    base = dict(torch_base(config["base_model_name_or_path"]))
+    raw = load_file(ROOT / name / "adapter_model.safetensors")
+    raw = {re.sub(r"^base_model\.(model\.)?", "", key): value for key, value in raw.items()}
+    out = {}
+    for key, value in raw.items():
+        plain = key.replace(".base_layer", "")
+        if plain in base:
+            out[plain] = base[plain] = value
+    for key in raw:
+        match = re.fullmatch(r"(.+)\.(lora_A\.weight|lora_embedding_A|vera_lambda_d)", key)
+        if not match:
+            continue
+        module = match[1]
+        get = lambda suffix, module=module: raw.get(f"{module}.{suffix}")
+        if match[2] == "vera_lambda_d":
+            d, b, w = get("vera_lambda_d"), get("vera_lambda_b"), base[module + ".weight"]
+            a, bb = raw["vera_A"][:, : w.shape[1]], raw["vera_B"][: w.shape[0]]
+            out[module + ".weight"] = w + b[:, None] * bb @ (d[:, None] * a)
+            continue
+        target, w, a, b = parameter(module, raw, base, config)
+        r = matching.by_pattern(config["rank_pattern"], module, config["r"])
+        alpha = matching.by_pattern(config["alpha_pattern"], module, config["lora_alpha"])
+        s = alpha / (r**0.5 if config["use_rslora"] else r)
+        if match[2] == "lora_embedding_A":
+            delta = (get("lora_embedding_B") @ get("lora_embedding_A")).T
+        elif w.ndim == 4:
+            delta = np.einsum("orxy,rihw->oihw", b, a)
+        elif w.ndim == 3:
+            delta = np.einsum("ore,eri->eoi", b.reshape(len(b), r, -1), a.reshape(-1, r, a.shape[1]))
+        else:
+            delta = (b @ a).T if config["fan_in_fan_out"] else b @ a
+        w = w + s * delta
+        if config["use_dora"]:
+            table = match[2] == "lora_embedding_A"
+            axis = 0 if config["fan_in_fan_out"] or table else tuple(range(1, w.ndim))
+            norm = np.sqrt(np.sum(w**2, axis=axis, keepdims=True))
+            w = w * get("lora_magnitude_vector").reshape(norm.shape) / norm
+        out[target] = w
+        if get("lora_B.bias") is not None:
+            out[module + ".bias"] = base[module + ".bias"] + s * get("lora_B.bias")
+    return out
+
+
+def parameter(module: str, raw: dict, base: dict, config: dict) -> tuple:
+    """(name, value, A, B) of what the pair of a module adapts."""
+    a, b = raw.get(f"{module}.lora_A.weight"), raw.get(f"{module}.lora_B.weight")
+    if f"{module}.weight" in base:
+        return f"{module}.weight", base[f"{module}.weight"], a, b
+    stem = module.removesuffix(".base_layer")
+    for name, value in base.items():
+        if name.startswith(stem + ".") and value.shape[1:] == (b.shape[0], a.shape[1]):
+            return name, value, a, b
+    raise AssertionError(f"{module} adapts nothing")
+
+
+@pytest.mark.parametrize("kind", ["nested", "flat"])
+@directories(READ)
+def test_weights_are_what_the_file_means(name, kind):
+    adapted = load(name, kind)
+    base = config_of(ROOT / name)["base_model_name_or_path"]
+    with jax.disable_jit():
+        merged = jlora.merge(adapted, allow_tied_change=True)
+    merged = dict(paths.flatten(merged)[0])
+    wanted = torch_base(base) | effective(name)
+    assert effective(name), "the directory changes nothing"
+    for full, value in wanted.items():
+        *modules, last = full.split(".")
+        if kind == "flat":
+            found = merged[full]
+        else:
+            at = "/".join(modules)
+            leaf = next(leaf for leaf in (last, "kernel", "embedding", "scale") if f"{at}/{leaf}" in merged)
+            found = np.asarray(merged[f"{at}/{leaf}"])
+            if leaf == "kernel":
+                turned = conv1d(base, full, value)
+                found = found.transpose(3, 2, 0, 1) if found.ndim == 4 else found if turned else found.T
+            elif found.ndim == 3 and "experts" in full:
+                found = found.transpose(0, 2, 1)
+        np.testing.assert_allclose(found, value, rtol=2e-5, atol=2e-5, err_msg=full)
+
+
+@directories([name for name in READ if (ROOT / name / "io.npz").exists()])
+def test_logits_are_pefts(name):
+    adapted = load(name, "stacked")
+    model = stacked_model(config_of(ROOT / name)["base_model_name_or_path"])
+    io = np.load(ROOT / name / "io.npz")
+    apply = jlora.lift(lambda params, ids: model.module.apply({"params": params}, ids), on_materialize="error")
+    logits = np.asarray(apply(adapted.bind(), jnp.asarray(io["input_ids"], jnp.int32)))
+    real = io["attention_mask"] == 1
+    np.testing.assert_allclose(logits[real], io["logits_adapter"][real], atol=1e-4, rtol=0)
+    assert np.abs(io["logits_adapter"] - io["logits_base"])[real].max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["nested", "flat", "stacked"])
+@directories(READ)
+def test_round_trip(name, kind, tmp_path):
+    adapted = load(name, kind)
+    before = config_of(ROOT / name)
+    save_peft(
+        adapted,
+        tmp_path / "out",
+        base_model_name_or_path=before["base_model_name_or_path"],
+        task_type=before["task_type"],
+    )
+    first, again = (load_file(d / "adapter_model.safetensors") for d in (ROOT / name, tmp_path / "out"))
+    assert first.keys() == again.keys()
+    for key in first:
+        assert first[key].dtype == again[key].dtype
+        np.testing.assert_array_equal(first[key], again[key], err_msg=key)
+    with safe_open(tmp_path / "out" / "adapter_model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+    same_meaning(before, config_of(tmp_path / "out"), kind)
+
+
+def same_meaning(before: dict, after: dict, kind: str) -> None:
+    """Whether two configs select the same modules of the base and say the same about each."""
+    base = torch_base(before["base_model_name_or_path"])
+    modules = {name.rpartition(".")[0] for name in base}
+    matrices = {name.rpartition(".")[0] for name, array in base.items() if name.endswith(".weight") and array.ndim > 1}
+    adapted = matching.targeted(before, matrices)
+    assert matching.targeted(after, matrices) == adapted
+    assert matching.targeted(after, modules) == adapted
+    assert matching.saved(after, modules) == matching.saved(before, modules)
+    parameters = lambda config: {n for n in base if matching.target_parameter(config, n) is not None}
+    assert parameters(after) == parameters(before)
+    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        for name in adapted | parameters(before):
+            value = lambda config, p=pattern, d=default, n=name: matching.by_pattern(config.get(p), n, config.get(d))
+            assert value(after) == value(before), (pattern, name)
+    for key in ("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "bias", "d_initial", "use_dora"):
+        assert after.get(key) == before.get(key), key
+    for key in ("use_rslora", "lora_bias", "save_projection", "lora_dropout", "vera_dropout", "init_lora_weights"):
+        assert after.get(key, False) == before.get(key, False), key
+    if kind == "flat":  # elsewhere PyTorch's layout is not to be seen
+        assert after["fan_in_fan_out"] == before.get("fan_in_fan_out", False)
+
+
+@directories(sorted(set(KNOWN) - set(READ)))
+def test_refused(name):
+    with pytest.raises(ValueError, match=refused(config_of(ROOT / name))):
+        load(name, "nested")
+
+
+@directories(sorted(set(EVERY) - set(KNOWN)))
+def test_other_types_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=config_of(ROOT / name)["peft_type"]):
+        load_peft(ROOT / name, {})
+
+
+@directories(READ[:3])
+def test_adapter_of_another_model(name):
+    for base in sorted({config_of(ROOT / other)["base_model_name_or_path"] for other in READ}):
+        if effective(name).keys() & torch_base(base).keys():
+            continue
+        with pytest.raises(ValueError, match=r"does not fit(.|\n)*no such leaf"):
+            load_peft(ROOT / name, nested_tree(base))
+
+
+# Single layers, recorded with PEFT's merged weights: convolutions, tables, GPT-2's layers, experts, every bias option.
+
+
+def cases() -> list[tuple[str, str]]:
+    found = []
+    for path in sorted(ORACLES.glob("*.npz")):
+        with np.load(path) as z:
+            for key in z.files:
+                case, _, last = key.rpartition("/")
+                if last != "config_json" or f"{case}/meta_json" not in z.files:
+                    continue
+                if json.loads(str(z[key])).get("peft_type") in FORMATS:
+                    found.append((path.name, case))
+    return found
+
+
+@pytest.mark.parametrize(("file", "case"), cases())
+def test_recorded_layers(file, case, tmp_path, x64):
+    with np.load(ORACLES / file) as z:
+        kinds = {key: key.removeprefix(f"{case}/").partition("/") for key in z.files if key.startswith(f"{case}/")}
+        part = lambda kind: {name: z[key] for key, (first, _, name) in kinds.items() if first == kind and name}
+        config, meta = (json.loads(str(z[f"{case}/{name}_json"])) for name in ("config", "meta"))
+        base, tensors, merged = part("base"), part("adapter"), part("merged")
+    if not merged or part_of_a_file(tensors):
+        pytest.skip("no merged weights, or no file, were recorded")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    linear = jlora.Axes((0,), (1,)) if config.get("fan_in_fan_out") else jlora.Axes((1,), (0,))
+    read = functools.partial(load_peft, tmp_path, jax.tree.map(jnp.asarray, base), axes={"*.weight": linear})
+    if refused(config):
+        with pytest.raises(ValueError, match=refused(config)):
+            read()
+        return
+    adapted = read()
+    with jax.disable_jit():
+        found = jlora.merge(adapted, allow_tied_change=True)
+    tolerance = 1e-6 if meta["dtype"] == "float32" else 1e-10
+    for name, value in (base | merged).items():
+        np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=tolerance, err_msg=name)
+    save_peft(adapted, tmp_path / "again", dtype=next(iter(tensors.values())).dtype)
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert again.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(again[key], tensor, err_msg=key)
+
+
+def part_of_a_file(tensors: dict) -> bool:
+    return not any(key.startswith("base_model.") for key in tensors)
