@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jlora import paths
@@ -149,7 +150,7 @@ def adapt(
         for i, (pattern, method) in enumerate(rules):
             if not find.matches(pattern, path, leaf):
                 continue
-            if not method.whole_leaf and not find.is_matrix(path, leaf):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating) or not (method.whole_leaf or find.is_matrix(path, leaf)):
                 passed[i].append(f"{path} {leaf.dtype}{list(leaf.shape)}")
                 continue
             hits[i] += 1
@@ -184,7 +185,7 @@ def build(
     for path, site in sites.items():
         leaf = arrays[path]
         dtype = jnp.promote_types(leaf.dtype, jnp.float32) if param_dtype is None else jnp.dtype(param_dtype)
-        init = functools.partial(_init, site=site, dtype=dtype)
+        init = functools.partial(_starter(leaf, site), site=site, dtype=dtype)
         abstract = isinstance(leaf, jax.ShapeDtypeStruct)
         own = jax.eval_shape(init, key, leaf) if abstract else init(paths.fold_path(key, path), leaf)
         trainable[path] = own.trainable
@@ -212,7 +213,32 @@ def build(
     return Adapted(params, trainable, frozen, tuple(sites.items()))
 
 
-@functools.partial(jax.jit, static_argnames=("site", "dtype"))
+def _starter(leaf: Any, site: Site) -> Callable:
+    """The compiled ``_init`` of a leaf. On a mesh, an axis that is sharded in the weight is sharded in the parameters
+    that have it and the rank is whole, rather than as the compiler happens to choose: then a product over a sharded
+    axis stays local, with a small sum over devices. In explicit mode, where types have to agree, they start whole."""
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if site.method.whole_leaf or not concrete or not isinstance(leaf.sharding, NamedSharding):
+        return _compiled_init(None)
+    mesh, spec = leaf.sharding.mesh, [*leaf.sharding.spec, *(None,) * (leaf.ndim - len(leaf.sharding.spec))]
+    if AxisType.Explicit in mesh.axis_types:
+        return _compiled_init(NamedSharding(mesh, PartitionSpec()))
+    axes = site.axes
+    head = [spec[axis] for axis in axes.stack]
+    entry = {"in": spec[axes.inputs[0]], "out": spec[axes.outputs[0]]}  # of a flattened group: its slowest axis's
+    own = jax.eval_shape(functools.partial(_init, site=site, dtype=jnp.float32), jax.random.key(0), leaf)
+    dims = site.method.dims(own)._replace(shared=None)
+    of = lambda dims: NamedSharding(mesh, PartitionSpec(*head, *(entry.get(dim) for dim in dims.split())))
+    leaves, treedef = jax.tree.flatten(jax.tree.map(of, dims))
+    return _compiled_init(tuple(leaves), treedef)
+
+
+@functools.cache
+def _compiled_init(shardings: Any, treedef: Any = None) -> Callable:
+    shardings = shardings if treedef is None else jax.tree.unflatten(treedef, shardings)
+    return jax.jit(_init, static_argnames=("site", "dtype"), out_shardings=shardings)
+
+
 def _init(key: jax.Array, leaf: jax.Array, *, site: Site, dtype: Any) -> Params:
     """A method's start for every matrix of a leaf."""
     if site.method.whole_leaf:
@@ -271,7 +297,7 @@ class _AxesFinder:
 
     def is_matrix(self, path: str, leaf: Any) -> bool:
         """Whether a method for matrices can be meant: biases may have several axes, too."""
-        if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        if leaf.ndim < 2:
             return False
         if self.given(path, leaf) is not None:
             return True
@@ -331,8 +357,8 @@ def _unmatched(pattern: Pattern, method: Method, skipped: list[str], names: list
     rule = f"rule {paths.describe(pattern)}: {method}"
     if skipped:
         return (
-            f"The {rule} matches only leaves that are no weight of a product: {', '.join(skipped[:5])}. Use Full() "
-            "to train them, or another pattern."
+            f"The {rule} matches only leaves that are no weight of a product: {', '.join(skipped[:5])}. Use "
+            "Full() to train leaves of floats as they are, or another pattern."
         )
     if pattern == ALL_LINEAR and not traced:
         return (

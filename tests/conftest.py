@@ -40,6 +40,16 @@ def x64() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def unoptimized() -> Iterator[None]:
+    """For tests that run each program once, on tiny arrays: what they cost is its compilation."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture(scope="session")
 def devices() -> list:
     """Eight devices, or a skip where the platform has fewer."""

@@ -56,8 +56,9 @@ class DoRA(LoRA):
 
     def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
         pair = super().init(key, w, site, dtype).trainable
-        scale = self.scale if not self.varies else 1.0  # the product is zero at the start whatever the scale
-        magnitude = column_norms(w, Factors(pair.a, pair.b, scale)).astype(dtype)
+        # The product is zero at the start. (Folding a product of zeros into the sum is also what XLA of jaxlib 0.10.2
+        # miscompiles on CPU, into a read of memory that nobody wrote.)
+        magnitude = jnp.linalg.norm(w.astype(dtype), axis=0)
         return Params(trainable={"factors": pair, "magnitude": magnitude})
 
     def init_stack(self, p: Params, site: Site, dtype: Any) -> Params:

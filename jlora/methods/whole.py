@@ -18,20 +18,20 @@ from jlora.weight import Params
 class Full(Method):
     """Train the leaf itself. What PEFT calls ``modules_to_save``; with ``"**/bias"``, BitFit; on norms, LN tuning.
 
-    Parameters of a leaf: trainable, an array of the leaf's shape that starts as a copy of it. The base keeps the
-    original. Trained: the leaf's size.
+    Parameters of a leaf: trainable, an array of the leaf's shape that starts as a copy of it, in float32 or wider: the
+    small updates of a bfloat16 leaf would round to nothing. The base keeps the original. Trained: the leaf's size.
     """
 
     whole_leaf = True
 
     def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
-        return Params(trainable=jnp.array(w, copy=True))  # a copy: training may donate its buffers
+        return Params(trainable=jnp.array(w, dtype, copy=True))  # a copy: training may donate its buffers
 
     def count(self, site: Site) -> int:
         return math.prod(site.shape)
 
     def weight(self, w: Array, p: Params) -> Array:
-        return p.trainable
+        return p.trainable.astype(w.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
