@@ -1,0 +1,99 @@
+"""The `jlora` command."""
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, Union
+
+_PACKAGES = {
+    "tyro": "tyro", "rich": "rich", "flax": "flax", "orbax": "orbax-checkpoint", "grain": "grain",
+    "tokenizers": "tokenizers", "matplotlib": "matplotlib", "sacrebleu": "sacrebleu",
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    0 done, 1 the run had to stop, 2 wrong input, 130 and 143 stopped by Ctrl-C and SIGTERM.
+    """
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except ModuleNotFoundError as error:
+        package = _PACKAGES.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        print(f"jlora: the command line needs {package}: pip install 'jlora[train]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jlora: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(argv: list[str]) -> int:
+    import tyro
+
+    from jlora.train import config as options  # without jax: `--help` answers at once
+
+    commands = {
+        "finetune": options.FinetuneConfig,
+        "generate": options.GenerateConfig,
+        "evaluate": options.EvaluateConfig,
+        "merge": options.MergeConfig,
+        "inspect": options.InspectConfig,
+        "convert": options.ConvertConfig,
+    }
+    union = Union[tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in commands.items())]  # noqa: UP007
+    description = "Low-rank adaptation of JAX models: fine-tune, look at, use and export adapters."
+    config = tyro.cli(union, args=argv, prog="jlora", description=description, config=(tyro.conf.OmitArgPrefixes,))
+    try:
+        return _run(config, argv)
+    except (options.UserError, options.RunError) as error:
+        if os.environ.get("JLORA_DEBUG"):
+            traceback.print_exc()
+        print(f"jlora: {error}", file=sys.stderr)
+        return 2 if isinstance(error, options.UserError) else 1
+
+
+def _run(config, argv: list[str]) -> int:
+    from jlora.train import commands, finetune
+    from jlora.train import config as options
+
+    run = {
+        options.FinetuneConfig: lambda: finetune.finetune(config, argv),
+        options.GenerateConfig: lambda: commands.generate(config),
+        options.EvaluateConfig: lambda: commands.evaluate(config),
+        options.MergeConfig: lambda: commands.merge(config),
+        options.InspectConfig: lambda: commands.inspect(config),
+        options.ConvertConfig: lambda: commands.convert(config),
+    }[type(config)]
+    with _quiet_orbax():
+        return run()
+
+
+@contextlib.contextmanager
+def _quiet_orbax():
+    """orbax logs each step it takes, and after a failed write the event loops it left behind complain one by one.
+
+    The failure itself arrives as an exception, and is told in one line.
+    """
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def quiet_hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = quiet_hook
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+if __name__ == "__main__":
+    sys.exit(main())

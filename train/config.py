@@ -1,0 +1,362 @@
+"""The options of every command as typed dataclasses: the command line, `config.json` and the code read the same fields.
+
+`None` means "decided by the model, the data or the method". What was decided is put in its place before anything is
+written, so that a run's `config.json` shows every value that was used.
+"""
+
+import dataclasses
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+class UserError(Exception):
+    """Something the user can put right: shown on stderr without a traceback, exit code 2."""
+
+
+class RunError(Exception):
+    """A run that had to stop (disk full, loss not finite): shown on stderr without a traceback, exit code 1."""
+
+
+def _optional(metavar: str):
+    """An option that may stay undecided: `--rank INT` in the help, its docstring says what then happens."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+OptionalInt = Annotated[int | None, _optional("INT")]
+OptionalFloat = Annotated[float | None, _optional("FLOAT")]
+OptionalStr = Annotated[str | None, _optional("STR")]
+OptionalPath = Annotated[Path | None, _optional("PATH")]
+Globs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="GLOB ...", help_behavior_hint="")]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """the frozen base"""
+
+    model: str = "stories260k"
+    """`stories260k` (shipped) or a directory in Hugging Face layout: config.json, *.safetensors, tokenizer.json."""
+    bf16: bool = False
+    """Hold the base and the activations in bfloat16; adapters and optimizer state stay float32."""
+    remat: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations: less memory, more time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """what to train on and what to hold out"""
+
+    data: str = "e2e"
+    """`e2e` or `shakespeare` (shipped), or a .txt, .jsonl, .csv or .tsv file, which may be gzipped (.gz)."""
+    eval_data: OptionalStr = None
+    """A file to hold out (default: the shipped split, or `--eval-fraction` of `--data`)."""
+    eval_fraction: float = 0.1
+    """Share of a file that is held out when there is no `--eval-data`."""
+    text_column: str = "text"
+    """Column with plain text; every token is trained on."""
+    prompt_column: str = "prompt"
+    """Column with the prompt; its tokens are read but not trained on."""
+    completion_column: str = "completion"
+    """Column with the completion of the prompt."""
+    max_length: OptionalInt = None
+    """Tokens per row; longer examples are cut (default: e2e 192, shakespeare 128, files 512 or the model's limit)."""
+    packing: bool = False
+    """Put several short examples in one row; attention does not cross from one to the next."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodOptions:
+    """which adapter goes where; an option left out takes the method's own default"""
+
+    method: str = "lora"
+    """`lora`, `dora`, `vera`, or `full` (train the weights themselves)."""
+    targets: Globs = ()
+    """Globs over `/`-joined parameter paths, e.g. "**/q_proj/kernel" (default: all-linear; for `full`, every leaf)."""
+    rank: OptionalInt = None
+    """Rank of the update; a higher one can fit more and trains more parameters (default: lora, dora 8, vera 256)."""
+    alpha: OptionalFloat = None
+    """The update is scaled by alpha / rank (default: lora and dora 16)."""
+    dropout: OptionalFloat = None
+    """Probability of dropping an input of the adapter while training (default: 0)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, which keeps high ranks learning."""
+    method_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...", help_behavior_hint="")] = ()
+    """Further options of the method, for example `d_initial=0.1` of vera."""
+    train_fully: Globs = ()
+    """Leaves to train as they are beside the adapters, for example "**/norm/scale"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """the optimizer, and its learning rate over time"""
+
+    optimizer: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
+    """The optax optimizer."""
+    learning_rate: float = 5e-3
+    """Peak learning rate. Adapters take 10 to 100 times the rate of full fine-tuning; larger models want less."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    warmup_steps: OptionalInt = None
+    """Steps over which the rate rises from 0 (default: an eighth of the steps, at most 50)."""
+    final_fraction: float = 0.05
+    """Where cosine and linear end, as a share of the peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of adamw and lion, plain of adafactor; not for sgd."""
+    beta1: float = 0.9
+    """First-moment decay of adamw and lion; momentum of sgd (0: none)."""
+    beta2: float = 0.999
+    """Second-moment decay of adamw and lion."""
+    clip_norm: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions:
+    """how long, in what portions, from which seed"""
+
+    steps: OptionalInt = None
+    """Optimizer steps (default: 400; shakespeare 300)."""
+    epochs: OptionalInt = None
+    """Passes over the training data, instead of `--steps`."""
+    batch_size: int = 8
+    """Rows per forward and backward pass."""
+    accumulation: int = 1
+    """Passes per optimizer step; the loss is the token mean over all of them."""
+    seed: int = 0
+    """Seed of the adapters' initial values, of the order of the data and of dropout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOptions:
+    """what is measured on the held-out data"""
+
+    eval_every: int = 50
+    """Steps between held-out losses; 0: only before and after."""
+    eval_batch_size: int = 32
+    """Rows per held-out forward pass, and prompts decoded at a time."""
+    eval_limit: OptionalInt = None
+    """Use only the first N held-out rows and prompts (default: all)."""
+    generate: bool = True
+    """Decode the held-out prompts before and after: corpus BLEU when there are references, and the samples shown."""
+    max_new_tokens: int = 128
+    """Longest completion in tokens."""
+    samples: int = 3
+    """Held-out prompts shown with the text before and after."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """where the results go, and how often the state is saved"""
+
+    out: OptionalPath = None
+    """Run directory (default: runs/<model>-<data>-<method>-<time>)."""
+    overwrite: bool = False
+    """Replace an earlier run in `--out`; without it an existing directory is an error."""
+    resume: OptionalPath = None
+    """Continue the run in this directory, with its own configuration, from its newest checkpoint."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; 0: only at the end and on interruption."""
+    keep: int = 2
+    """Newest checkpoints kept, beside the one with the lowest held-out loss."""
+    log_every: int = 10
+    """Steps per line of metrics.jsonl, and per printed line where there is no terminal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """Fine-tune a model with a low-rank adapter, and show that it got better.
+
+    Without options: stories260k (260,032 parameters, shipped) learns to say restaurant attributes in a sentence (E2E
+    NLG, shipped) through LoRA of rank 8 on all linear layers; 400 steps, a few minutes on two CPU cores.
+    """
+
+    model: ModelOptions = ModelOptions()
+    data: DataOptions = DataOptions()
+    method: MethodOptions = MethodOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    train: TrainOptions = TrainOptions()
+    eval: EvalOptions = EvalOptions()
+    run: RunOptions = RunOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceOptions:
+    """the model: a run (its base and its adapter), or a base with or without an adapter"""
+
+    run: OptionalPath = None
+    """Run directory of `jlora finetune`; brings the base, the adapter and the data options."""
+    model: OptionalStr = None
+    """Base model as in `jlora finetune` (default: the run's, the adapter's own, else stories260k)."""
+    adapter: OptionalPath = None
+    """Adapter directory in PEFT format (default: the run's, if there is a run)."""
+    bf16: bool = False
+    """Hold the base and the activations in bfloat16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """Complete prompts with a model, adapted or not."""
+
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"], metavar="TEXT ...", help_behavior_hint="")] = ()
+    """Texts to complete (default: three held-out prompts of the run's data)."""
+    max_new_tokens: int = 128
+    """Longest completion in tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; a higher value draws more freely."""
+    top_p: float = 1.0
+    """Draw only from the likeliest tokens that together hold this share of the probability."""
+    seed: int = 0
+    """Seed of the drawing."""
+    source: SourceOptions = SourceOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Measure held-out loss, perplexity and, where prompts have references, corpus BLEU."""
+
+    data: OptionalStr = None
+    """A file to evaluate on as a whole, `e2e` or `shakespeare` (default: the run's held-out data, else e2e)."""
+    text_column: str = "text"
+    """Column with plain text."""
+    prompt_column: str = "prompt"
+    """Column with the prompt."""
+    completion_column: str = "completion"
+    """Column with the completion of the prompt."""
+    max_length: OptionalInt = None
+    """Tokens per row (default: as in `jlora finetune`)."""
+    batch_size: int = 32
+    """Rows per forward pass, and prompts decoded at a time."""
+    limit: OptionalInt = None
+    """Use only the first N rows and prompts (default: all)."""
+    generate: bool = True
+    """Decode the prompts for BLEU."""
+    max_new_tokens: int = 128
+    """Longest completion in tokens."""
+    source: SourceOptions = SourceOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Add an adapter into its base and write a plain model directory in Hugging Face layout."""
+
+    out: Path
+    """Directory to write; it must not exist."""
+    source: SourceOptions = SourceOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig:
+    """Show what is in a run directory or an adapter directory: paths, shapes, ranks, counts, results."""
+
+    path: tyro.conf.Positional[Path]
+    """Run directory, or adapter directory in PEFT format."""
+    model: OptionalStr = None
+    """Base model of the adapter (default: the one the run or the adapter names)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Write a checkpoint of a run as an adapter directory in PEFT format."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory of `jlora finetune`."""
+    out: Path
+    """Directory to write; it must not exist."""
+    step: str = "latest"
+    """Which checkpoint: `latest`, `best` (lowest held-out loss) or a step number."""
+
+
+def validate(config: FinetuneConfig) -> None:
+    """Refuse values that cannot work before anything is loaded; what needs the model is checked when it is there."""
+    positive = {
+        "--steps": config.train.steps, "--epochs": config.train.epochs, "--batch-size": config.train.batch_size,
+        "--accumulation": config.train.accumulation, "--learning-rate": config.optimizer.learning_rate,
+        "--max-length": config.data.max_length, "--eval-batch-size": config.eval.eval_batch_size,
+        "--eval-limit": config.eval.eval_limit, "--max-new-tokens": config.eval.max_new_tokens,
+        "--keep": config.run.keep, "--log-every": config.run.log_every,
+    }  # fmt: skip
+    for option, value in positive.items():
+        if value is not None and value <= 0:
+            raise UserError(f"{option} must be above 0, got {value}")
+    not_negative = {
+        "--warmup-steps": config.optimizer.warmup_steps, "--weight-decay": config.optimizer.weight_decay,
+        "--clip-norm": config.optimizer.clip_norm, "--eval-every": config.eval.eval_every,
+        "--checkpoint-every": config.run.checkpoint_every, "--samples": config.eval.samples,
+        "--seed": config.train.seed,
+    }  # fmt: skip
+    for option, value in not_negative.items():
+        if value is not None and value < 0:
+            raise UserError(f"{option} must be 0 or above, got {value}")
+    fractions = {"--final-fraction": config.optimizer.final_fraction, "--beta1": config.optimizer.beta1,
+                 "--beta2": config.optimizer.beta2}  # fmt: skip
+    for option, value in fractions.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{option} must lie between 0 and 1, got {value}")
+    if not 0 < config.data.eval_fraction < 1:
+        raise UserError(f"--eval-fraction must lie between 0 and 1, got {config.data.eval_fraction}")
+    if config.train.steps is not None and config.train.epochs is not None:
+        raise UserError("give --steps or --epochs, not both")
+    if config.optimizer.optimizer == "sgd" and config.optimizer.weight_decay:
+        raise UserError("--weight-decay is not available for --optimizer sgd: leave it at 0 or take adamw")
+
+
+def resolve_length(data: DataOptions, limit: int) -> DataOptions:
+    """Fill in `max_length`; `limit` is the longest sequence the model was made for."""
+    if data.max_length is None:
+        length = min({"e2e": 192, "shakespeare": 128}.get(data.data, 512), limit)
+    elif data.max_length > limit:
+        raise UserError(f"--max-length {data.max_length} exceeds the {limit} positions of the model")
+    else:
+        length = data.max_length
+    return dataclasses.replace(data, max_length=length)
+
+
+def resolve_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
+    """Fill in the number of steps and of warm-up steps, given the rows of encoded training data."""
+    train, optimizer = config.train, config.optimizer
+    rows_per_step = train.batch_size * train.accumulation
+    if rows < rows_per_step:
+        raise UserError(
+            f"a step takes --batch-size {train.batch_size} x --accumulation {train.accumulation} rows, "
+            f"the training data has {rows}: lower them"
+        )
+    if train.epochs is not None:
+        steps = train.epochs * (rows // rows_per_step)
+    else:
+        steps = train.steps or (300 if config.data.data == "shakespeare" else 400)
+    warmup = min(50, steps // 8) if optimizer.warmup_steps is None else optimizer.warmup_steps
+    if warmup >= steps:
+        raise UserError(f"--warmup-steps {warmup} leaves none of the {steps} steps: lower it")
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(train, steps=steps),
+        optimizer=dataclasses.replace(optimizer, warmup_steps=warmup),
+    )
+
+
+def to_dict(config: Any) -> Any:
+    """A configuration as JSON values."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: to_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    return str(config) if isinstance(config, Path) else config
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """The inverse of `to_dict`; names it does not know are an error, missing ones take their default."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise UserError(f"unknown {cls.__name__} fields in the saved configuration: {', '.join(unknown)}")
+    return cls(**{name: _from_json(hints[name], value) for name, value in values.items()})
+
+
+def _from_json(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value)
+    if isinstance(value, list):
+        return tuple(value)
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return Path(value) if Path in options and value is not None else value

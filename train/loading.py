@@ -1,0 +1,249 @@
+"""From options to objects: model, adapter and data, checked and ready, before anything is written."""
+
+import ast
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+import jlora
+from jlora.io import load_peft
+from jlora.methods import METHODS, Full, Method
+from jlora.train import data, models
+from jlora.train.checkpoint import Checkpoints, fingerprint
+from jlora.train.config import (
+    DataOptions,
+    FinetuneConfig,
+    MethodOptions,
+    SourceOptions,
+    UserError,
+    from_dict,
+)
+from jlora.train.loop import TrainState, make_optimizer
+from jlora.train.run import RunDirectory
+
+
+@contextlib.contextmanager
+def user_errors(context: str = ""):
+    """Around calls whose ValueError or OSError is about what the user gave: bad shapes, missing files, bad data."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UserError(f"{context}{error}") from error
+
+
+def load_model(name: str, bf16: bool = False, remat: bool = False) -> models.LoadedModel:
+    with user_errors():
+        return models.load(name, dtype="bfloat16" if bf16 else "float32", remat=remat)
+
+
+def build_method(options: MethodOptions) -> Method:
+    """The method that the options describe; an option the method does not have is an error."""
+    if options.method not in METHODS:
+        raise UserError(f"unknown method {options.method!r}: known are {', '.join(METHODS)}")
+    cls = METHODS[options.method]
+    given: dict[str, Any] = {name: getattr(options, name) for name in ("rank", "alpha", "dropout")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if options.rslora:
+        given["rslora"] = True
+    for option in options.method_options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--method-options wants NAME=VALUE, got {option!r}")
+        try:
+            given[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            given[name] = value
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in given:
+        if name not in known:
+            raise UserError(f"method {options.method!r} has no option {name!r}: it has {', '.join(known) or 'none'}")
+    try:
+        return cls(**given)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def build_rules(options: MethodOptions) -> dict[str, Method]:
+    """Pattern -> method, as `jlora.adapt` takes them."""
+    method = build_method(options)
+    targets = options.targets or ("**" if options.method == "full" else "all-linear",)
+    return {pattern: Full() for pattern in options.train_fully} | {pattern: method for pattern in targets}
+
+
+def build_adapted(model: models.LoadedModel, options: MethodOptions, seed: int) -> "jlora.Adapted":
+    """The model's parameters with the chosen method on the chosen leaves, at their initial values."""
+    rules = build_rules(options)
+
+    def forward(params, ids):
+        return model.module.apply({"params": params}, ids)
+
+    with user_errors():
+        adapted = jlora.adapt(
+            model.params, rules, key=jax.random.key(seed), fn=forward, args=(jnp.zeros((1, 8), jnp.int32),)
+        )
+    # Full() may hand out the base's own buffers, and training donates what it trains.
+    return adapted.replace(trainable=jax.tree.map(jnp.copy, adapted.trainable))
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Rows to measure the loss on, and prompts to decode."""
+
+    rows: data.Encoded
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    references: list[list[str]] | None
+    """All completions of each prompt; None for plain text, where a prompt is the beginning of a row."""
+
+
+_PROMPT_TOKENS = 24  # of plain text, to be continued in the samples
+
+
+def data_spec(options: DataOptions, seed: int) -> data.DataSpec:
+    return data.DataSpec(
+        path=options.data,
+        text_column=options.text_column,
+        prompt_column=options.prompt_column,
+        completion_column=options.completion_column,
+        eval_path=options.eval_data,
+        eval_fraction=options.eval_fraction,
+        seed=seed,
+    )
+
+
+def load_data(
+    options: DataOptions, model: models.LoadedModel, *, seed: int, max_new_tokens: int, limit: int | None
+) -> tuple[data.Encoded, HeldOut]:
+    """Training rows and held-out data; `options` have been resolved."""
+    with user_errors():
+        train, held_out = data.load_examples(data_spec(options, seed))
+        rows = data.encode(train, model.tokenizer, options.max_length, options.packing)
+    return rows, prepare_held_out(held_out, options, model, max_new_tokens, limit)
+
+
+def prepare_held_out(
+    examples: list[data.Example],
+    options: DataOptions,
+    model: models.LoadedModel,
+    max_new_tokens: int,
+    limit: int | None,
+) -> HeldOut:
+    """Encode held-out examples, and choose what to decode: each distinct prompt, or beginnings of plain text."""
+    tokenizer = model.tokenizer
+    with user_errors():
+        rows = data.encode(examples, tokenizer, options.max_length, options.packing)
+    rows = dataclasses.replace(rows, **{name: getattr(rows, name)[:limit] for name in BATCH_FIELDS})
+    room = model.config.max_positions - max_new_tokens
+    grouped = [(prompt, references) for prompt, references in data.references(examples) if prompt][:limit]
+    if grouped:
+        ids = [prompt_ids(prompt, model) for prompt, _ in grouped]
+        fits = [i for i in range(len(ids)) if len(ids[i]) <= room]
+        return HeldOut(rows, [grouped[i][0] for i in fits], [ids[i] for i in fits], [grouped[i][1] for i in fits])
+    ids = [row[: min(_PROMPT_TOKENS, room)].tolist() for row in rows.ids]
+    return HeldOut(rows, [tokenizer.decode(row) for row in ids], ids, None)
+
+
+BATCH_FIELDS = ("ids", "mask", "positions", "segment_ids")
+
+
+def prompt_ids(text: str, model: models.LoadedModel) -> list[int]:
+    """A prompt as it stands at the beginning of an encoded row."""
+    bos = model.tokenizer.bos_id
+    return ([] if bos is None else [bos]) + model.tokenizer.encode(text)
+
+
+def initial_state(config: FinetuneConfig, adapted: "jlora.Adapted") -> TrainState:
+    """Step 0. The key is apart from the one that initialized the adapter."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+    return TrainState(0, adapted.trainable, optimizer.init(adapted.trainable), key)
+
+
+def abstract_arrays(config: FinetuneConfig, adapted: "jlora.Adapted") -> PyTree:
+    """Shapes and dtypes of what a checkpoint of this run holds."""
+    return jax.eval_shape(lambda: initial_state(config, adapted).arrays())
+
+
+def base_identity(adapted: "jlora.Adapted") -> dict[str, Any]:
+    return {"base model": fingerprint(adapted.base)}
+
+
+def read_run_config(run: RunDirectory) -> FinetuneConfig:
+    """The resolved configuration a run was started with."""
+    return from_dict(FinetuneConfig, run.read_config()["options"])
+
+
+@dataclasses.dataclass
+class Source:
+    """A model to use: parameters, plain or adapted, and the function to apply them."""
+
+    model: models.LoadedModel
+    adapted: "jlora.Adapted | None"
+    apply: Callable
+    name: str
+    config: FinetuneConfig | None = None
+
+    @property
+    def params(self) -> PyTree:
+        return self.model.params if self.adapted is None else self.adapted.bind()
+
+
+def load_source(options: SourceOptions) -> Source:
+    """The model that `--run`, `--model` and `--adapter` name."""
+    config = run = None
+    adapter = options.adapter
+    if options.run is not None:
+        run = RunDirectory.open(options.run)
+        config = read_run_config(run)
+        if adapter is None and run.adapter.is_dir():
+            adapter = run.adapter
+    name = options.model or (config.model.model if config else None)
+    if name is None and adapter is not None:
+        name = _base_of_adapter(adapter)
+    model = load_model(name or models.BUNDLED, options.bf16 or bool(config and config.model.bf16))
+    if adapter is not None:
+        with user_errors():
+            adapted = load_peft(adapter, model.params)
+        return Source(model, adapted, jlora.lift(model.module.apply), f"{model.name} with {adapter}", config)
+    if run is not None:
+        adapted, step = load_checkpoint(run, config, model)
+        name = f"{model.name} with step {step} of {run.path}"
+        return Source(model, adapted, jlora.lift(model.module.apply), name, config)
+    return Source(model, None, model.module.apply, model.name)
+
+
+def _base_of_adapter(adapter: Path) -> str:
+    path = adapter / "adapter_config.json"
+    with user_errors(f"{adapter} is not an adapter directory: "):
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"{path} does not name its base model: add --model")
+    return name
+
+
+def load_checkpoint(
+    run: RunDirectory, config: FinetuneConfig, model: models.LoadedModel, step: str = "latest"
+) -> tuple["jlora.Adapted", int]:
+    """The adapter of a run as of a checkpoint: "latest", "best" or a step number."""
+    adapted = build_adapted(model, config.method, config.train.seed)
+    if not run.checkpoints.is_dir():
+        raise UserError(f"{run.path} has no checkpoints yet")
+    checkpoints = Checkpoints(run.checkpoints, keep=config.run.keep, identity=base_identity(adapted), read_only=True)
+    try:
+        number = None if step == "latest" else checkpoints.best_step() if step == "best" else step
+        if step != "latest" and str(number) not in map(str, checkpoints.steps()):
+            steps = ", ".join(map(str, checkpoints.steps())) or "none"
+            raise UserError(f"{run.path} has no checkpoint {step!r}: there are {steps}")
+        restored = checkpoints.restore(abstract_arrays(config, adapted), None if number is None else int(number))
+    finally:
+        checkpoints.close()
+    if restored is None:
+        raise UserError(f"{run.path} has no checkpoints yet")
+    return adapted.replace(trainable=restored.state["trainable"]), restored.step

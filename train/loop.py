@@ -1,0 +1,281 @@
+"""The training loop: one compiled step, held-out loss, checkpoints, orderly stops.
+
+The base is an argument of every compiled function, never a closed-over constant; trainable parameters and optimizer
+state are donated to the step. Everything random in step n comes from fold_in(key, n), so a resumed run repeats it.
+"""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from jlora.train import data
+from jlora.train.checkpoint import Checkpoints
+from jlora.train.config import OptimizerOptions, RunError, UserError
+from jlora.train.metrics import perplexity, token_nll
+from jlora.train.report import Reporter
+from jlora.train.run import RunDirectory
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM arrived; `step` is the last finished one, and it is saved."""
+
+    def __init__(self, signum: int, step: int):
+        self.signum, self.step = signum, step
+
+
+def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
+    """0 -> peak over the warm-up, then constant, or by a line or half cosine to final_fraction * peak at `steps`."""
+    peak, warmup = options.learning_rate, options.warmup_steps
+    rest = steps - warmup
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, peak * options.final_fraction, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=options.final_fraction),
+    }[options.schedule]()
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
+    """Clip by the global norm, then the optimizer at the scheduled rate."""
+    rate, decay = learning_rate_schedule(options, steps), options.weight_decay
+    optimizer = {
+        "adamw": lambda: optax.adamw(rate, options.beta1, options.beta2, weight_decay=decay),
+        "lion": lambda: optax.lion(rate, options.beta1, options.beta2, weight_decay=decay),
+        "adafactor": lambda: optax.adafactor(rate, weight_decay_rate=decay or None),
+        "sgd": lambda: optax.sgd(rate, momentum=options.beta1 or None),
+    }[options.optimizer]()
+    return optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer) if options.clip_norm else optimizer
+
+
+def make_train_step(apply: Callable, optimizer: optax.GradientTransformation) -> Callable:
+    """The compiled step: (trainable, opt_state, fixed, batch, key, step) -> (trainable, opt_state, metrics).
+
+    `fixed` is the Adapted without its trainable part; `batch` holds [k, b, t] arrays for k accumulated passes. The loss
+    is the mean over all scored tokens of all passes, hence the same as that of one pass over k * b rows.
+    """
+
+    def negative_log_likelihood(trainable, fixed, batch, key):
+        params = fixed.bind(trainable, context={"key": key})
+        logits = apply({"params": params}, batch["ids"], batch["positions"], batch["segment_ids"])
+        return token_nll(logits, batch["ids"], batch["mask"])
+
+    value_and_grad = jax.value_and_grad(negative_log_likelihood, has_aux=True)
+
+    def step_fn(trainable, opt_state, fixed, batch, key, step):
+        keys = jax.random.split(jax.random.fold_in(key, step), batch["ids"].shape[0])
+
+        def one_pass(sums, part):
+            (nll, tokens), grads = value_and_grad(trainable, fixed, *part)
+            return jax.tree.map(jnp.add, sums, (nll, tokens, grads)), None
+
+        if batch["ids"].shape[0] == 1:
+            first = jax.tree.map(lambda x: x[0], (batch, keys))
+            (nll, tokens), grads = value_and_grad(trainable, fixed, *first)
+        else:
+            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+            (nll, tokens, grads), _ = jax.lax.scan(one_pass, zeros, (batch, keys))
+        count = jnp.maximum(tokens, 1.0)
+        grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
+        metrics = {"loss": nll / count, "grad_norm": optax.tree.norm(grads)}
+        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, metrics
+
+    return jax.jit(step_fn, donate_argnums=(0, 1))
+
+
+def make_eval_step(apply: Callable, bind: bool = True) -> Callable:
+    """Compiled (adapted, batch of [b, t]) -> (summed nll, scored tokens); without `bind` for plain parameters."""
+
+    @jax.jit
+    def eval_step(adapted, batch):
+        params = adapted.bind() if bind else adapted
+        logits = apply({"params": params}, batch["ids"], batch["positions"], batch["segment_ids"])
+        return token_nll(logits, batch["ids"], batch["mask"])
+
+    return eval_step
+
+
+def held_out_nll(
+    eval_step: Callable, adapted: PyTree, rows: data.Encoded, batch_size: int, poll: Callable = lambda: None
+) -> float:
+    """Mean negative log-likelihood per scored token over all rows. `poll` is called between batches."""
+    total = tokens = 0.0
+    batch_size = min(batch_size, len(rows))
+    for batch in data.batches(rows, batch_size, seed=0, epochs=1, shuffle=False, drop_remainder=False):
+        poll()
+        nll, scored = eval_step(adapted, batch)
+        total, tokens = total + float(nll), tokens + float(scored)
+    if not tokens:
+        raise UserError("the held-out data has no token to score")
+    return total / tokens
+
+
+class StopSignals:
+    """While active, the first SIGINT or SIGTERM is only noted; the second one acts as usual."""
+
+    def __init__(self):
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self):
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_):
+        self._restore()
+
+    def _restore(self):
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
+
+    def _note(self, signum, frame):
+        self.received = signum
+        self._restore()
+
+    def poll(self) -> None:
+        """Raise `StopRequested` when a signal has come."""
+        if self.received:
+            raise StopRequested
+
+
+@dataclasses.dataclass
+class TrainState:
+    """What training changes. Everything else of a run follows from its configuration."""
+
+    step: int
+    trainable: PyTree
+    opt_state: PyTree
+    key: jax.Array
+
+    def arrays(self) -> dict[str, PyTree]:
+        """The part of it that a checkpoint stores as arrays."""
+        return {"trainable": self.trainable, "opt_state": self.opt_state, "key": jax.random.key_data(self.key)}
+
+    @classmethod
+    def from_arrays(cls, step: int, arrays: dict[str, PyTree]) -> "TrainState":
+        return cls(step, arrays["trainable"], arrays["opt_state"], jax.random.wrap_key_data(arrays["key"]))
+
+
+class StopRequested(Exception):
+    """Raised by `StopSignals.poll` to leave a long computation that has nothing to save."""
+
+
+@dataclasses.dataclass
+class Loop:
+    """Everything training needs besides its state."""
+
+    fixed: PyTree  # Adapted with an empty trainable part
+    train_step: Callable
+    evaluate: Callable[[PyTree], float]  # trainable -> held-out nll; polls `signals`
+    schedule: optax.Schedule
+    batches: Iterator[dict[str, np.ndarray]]  # of data.batches
+    accumulation: int
+    steps: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+    run: RunDirectory
+    checkpoints: Checkpoints
+    reporter: Reporter
+    signals: StopSignals
+
+    def train(self, state: TrainState) -> TrainState:
+        """Take the remaining steps. Ends with a checkpoint of the last step, finished on disk."""
+        if state.step < self.steps:
+            self.reporter.say("compiling the training step")
+        self._window: list[tuple[int, PyTree]] = []  # steps taken whose metrics were not looked at yet
+        self._clock: float | None = None  # set after the first step: compiling it is no measure of speed
+        try:
+            while state.step < self.steps:
+                state = self._advance(state)
+            self.checkpoints.wait()
+        finally:
+            self.reporter.stop()
+        return state
+
+    def _advance(self, state: TrainState) -> TrainState:
+        step = state.step + 1
+        parts = [next(self.batches) for _ in range(self.accumulation)]
+        batch = jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
+        trainable, opt_state, metrics = self.train_step(
+            state.trainable, state.opt_state, self.fixed, batch, state.key, np.int32(step)
+        )
+        state = TrainState(step, trainable, opt_state, state.key)
+        if self._clock is None:
+            jax.block_until_ready(metrics)
+            self.reporter.start(step, self.steps)
+            self._clock, self._tokens = time.monotonic(), 0
+        else:
+            self._tokens += np.count_nonzero(batch["segment_ids"])
+        self._window.append((step, metrics))
+        # Look one step back, so that the device is never idle while the host waits for a number.
+        self._check_finite(self._window[-2:-1])
+        self.reporter.tick(step)
+
+        last = step == self.steps
+        evaluating = last or _due(step, self.eval_every)
+        saving = last or _due(step, self.checkpoint_every)
+        if evaluating or saving or self.signals.received or _due(step, self.log_every):
+            self._log()
+        eval_nll = self._evaluate(state) if evaluating else None
+        if saving or self.signals.received:
+            metric = eval_nll if eval_nll is not None and math.isfinite(eval_nll) else None
+            self.checkpoints.save(step, state.arrays(), self.batches.get_state(), metric)
+        if self.signals.received:
+            self.checkpoints.wait()
+            raise Interrupted(self.signals.received, step)
+        if evaluating or saving:
+            self._clock = time.monotonic()  # tokens/s is that of training alone
+        return state
+
+    def _log(self) -> None:
+        """Wait for the steps taken since the last call, check them, write down their mean."""
+        self._check_finite(self._window)
+        seconds = time.monotonic() - self._clock
+        losses, norms = ([float(m[name]) for _, m in self._window] for name in ("loss", "grad_norm"))
+        step = self._window[-1][0]
+        loss, speed = sum(losses) / len(losses), self._tokens / seconds if self._tokens else None
+        record = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": sum(norms) / len(norms),
+            "learning_rate": float(self.schedule(step - 1)),
+            "tokens_per_second": speed and round(speed, 1),
+        }
+        self.run.append_metrics(record)
+        self.reporter.update(step, loss, speed)
+        self._window, self._tokens, self._clock = [], 0, time.monotonic()
+
+    def _check_finite(self, window: list[tuple[int, PyTree]]) -> None:
+        for step, metrics in window:
+            for name in ("loss", "grad_norm"):
+                value = float(metrics[name])
+                if not math.isfinite(value):
+                    kept = self.checkpoints.steps()
+                    rest = f"the checkpoint of step {kept[-1]} is kept" if kept else "there was no checkpoint yet"
+                    what = "loss" if name == "loss" else "gradient norm"
+                    raise RunError(f"{what} is {value} at step {step}: stopped, {rest}. Try a lower --learning-rate.")
+
+    def _evaluate(self, state: TrainState) -> float | None:
+        try:
+            nll = self.evaluate(state.trainable)
+        except StopRequested:
+            return None
+        self.run.append_metrics({"step": state.step, "eval_nll": nll, "perplexity": perplexity(nll)})
+        self.reporter.say(f"step {state.step}: held-out loss {nll:.3f}, perplexity {perplexity(nll):.2f}")
+        return nll
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

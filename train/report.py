@@ -1,0 +1,197 @@
+"""What the user sees of a run: progress while it goes, loss.png and README.md after it."""
+
+import io
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jlora.train.run import RunDirectory, write_file
+
+
+class Reporter:
+    """Training progress: a live bar with loss, tokens/s and remaining time on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console | None = None):
+        # highlight and markup off: texts of the data may hold anything, brackets included
+        self.console = console or Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
+        self._progress: Progress | None = None
+
+    def say(self, text: str = "") -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def start(self, step: int, total: int) -> None:
+        """Begin at `step` of `total` steps."""
+        self._first, self._total, self._began = step, total, time.monotonic()
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("training", total=total, completed=step, loss="...", speed="...")
+            self._progress.start()
+
+    def tick(self, step: int) -> None:
+        """`step` is done; its loss may not be known yet."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def update(self, step: int, loss: float, tokens_per_second: float | None) -> None:
+        """The mean loss of the last steps is known, and their speed unless they were spent on compiling."""
+        speed = "..." if tokens_per_second is None else f"{tokens_per_second:,.0f}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, loss=f"{loss:.3f}", speed=speed)
+        else:
+            remaining = (time.monotonic() - self._began) / max(step - self._first, 1) * (self._total - step)
+            width = len(str(self._total))
+            self.say(
+                f"step {step:{width}}/{self._total}  loss {loss:.3f}  {speed} tokens/s  eta {_clock(remaining)}"
+            )
+
+    def stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def plot_losses(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Training loss (mean over each logged interval) and held-out loss over optimizer steps, as a PNG."""
+    from matplotlib.figure import Figure  # without pyplot: no backend to choose, no global state
+
+    figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    trained = [(record["step"], float(record["loss"])) for record in records if "loss" in record]
+    held_out = [(record["step"], float(record["eval_nll"])) for record in records if "eval_nll" in record]
+    if trained:
+        axes.plot(*zip(*trained, strict=True), color="tab:blue", linewidth=1.4, label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", linewidth=1.8, label="held out")
+        for place, (step, loss) in {"before": held_out[0], "after": held_out[-1]}.items():
+            left = place == "before"
+            axes.annotate(
+                f"{loss:.2f}", (step, loss), xytext=(8 if left else -2, 6 if left else 8), textcoords="offset points",
+                ha="left" if left else "right", color="tab:orange",
+            )  # fmt: skip
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    finite = [loss for _, loss in trained + held_out if math.isfinite(loss)]
+    axes.set_ylim(0, 1.12 * max(finite, default=1.0))
+    axes.grid(alpha=0.3)
+    if trained or held_out:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_file(path, buffer.getvalue())
+
+
+def figures_line(figures: dict[str, Any]) -> str:
+    """Held-out figures in a line."""
+    parts = [f"held-out loss {float(figures['eval_nll']):.3f}", f"perplexity {float(figures['perplexity']):.2f}"]
+    if "bleu" in figures:
+        parts.append(f"BLEU {figures['bleu']:.1f}")
+    return ", ".join(parts)
+
+
+def figures_table(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows (figure, before, after) for the terminal and the run's README."""
+    rows = [
+        ("held-out loss (nats/token)", f"{float(before['eval_nll']):.3f}", f"{float(after['eval_nll']):.3f}"),
+        ("held-out perplexity", f"{float(before['perplexity']):.2f}", f"{float(after['perplexity']):.2f}"),
+    ]
+    if "bleu" in after:
+        rows.append(("corpus BLEU", f"{before['bleu']:.1f}", f"{after['bleu']:.1f}"))
+    return rows
+
+
+def one_line(text: str, width: int = 300) -> str:
+    """A sample on one line: newlines shown as such, cut at `width` characters."""
+    text = text.strip().replace("\n", "\\n")
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def run_readme(run: RunDirectory, config: dict[str, Any], results: dict[str, Any]) -> str:
+    """README.md of a run: what was run, what came out, how to load it."""
+    options, summary = config["options"], config["summary"]
+    rows = "\n".join(f"| {name} | {b} | {a} |" for name, b, a in figures_table(results["before"], results["after"]))
+    model, seconds = options["model"]["model"], results["train_seconds"]
+    lines = [
+        f"# {summary['model_name']} on {Path(options['data']['data']).name}, {options['method']['method']}",
+        "",
+        f"    {config['command']}",
+        "",
+        f"{summary['trainable']:,} trainable parameters beside {summary['parameters']:,} of the base; "
+        f"{options['train']['steps']} steps{', resumed on the way' if seconds is None else f' in {seconds:.0f} s'}; "
+        f"{summary['train_rows']:,} rows to train on, {summary['eval_rows']:,} held out.",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        rows,
+        "",
+    ]
+    if "bleu_signature" in results["after"]:
+        lines += [
+            f"BLEU over {results['after']['bleu_prompts']} prompts, sacrebleu `{results['after']['bleu_signature']}`.",
+            "",
+        ]
+    lines += ["![training and held-out loss](loss.png)", ""]
+    if results.get("samples"):
+        lines += ["## Held-out samples", ""]
+        for sample in results["samples"]:
+            lines += [
+                f"- `{one_line(sample['prompt'])}`",
+                f"  - before: {one_line(sample['before'])}",
+                f"  - after: {one_line(sample['after'])}",
+            ]
+        lines.append("")
+    if run.adapter.exists():
+        lines += _loading(model)
+    else:
+        lines += ["The trained model as a plain directory: `jlora merge --run . --out DIRECTORY`", ""]
+    lines += ["All options, also those left at their default: config.json. Figures: results.json, metrics.jsonl.", ""]
+    return "\n".join(lines)
+
+
+def _loading(model: str) -> list[str]:
+    export = (
+        ["The base in Hugging Face layout, for PEFT: `jlora merge --model stories260k --out stories260k`", ""]
+        if model == "stories260k"
+        else []
+    )
+    return [
+        "## Load the adapter",
+        "",
+        "```python",
+        "import jlora",
+        "from jlora.io import load_peft",
+        "from jlora.train import models",
+        "",
+        f'base = models.load("{model}")',
+        'adapted = load_peft("adapter", base.params)',
+        "apply = jlora.lift(base.module.apply)",
+        'logits = apply({"params": adapted.bind()}, ids)',
+        "```",
+        "",
+        *export,
+        "```python",
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "adapter")',
+        "```",
+        "",
+    ]

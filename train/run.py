@@ -1,0 +1,166 @@
+"""The run directory: what lies where, and how it is written so that a crash never leaves half a file.
+
+    config.json     every option, with the values that "default" came to
+    metrics.jsonl   one JSON object per line: {"step", "loss", ...} while training, {"step", "eval_nll", ...} held out
+    results.json    figures and samples before and after
+    completions.jsonl   every held-out prompt with its completion before and after, and its references
+    loss.png        training and held-out loss over steps
+    checkpoints/    the newest and the best training states (orbax)
+    adapter/        the adapter in PEFT format
+    README.md       what was run, what came out, how to load it
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jlora.train.config import UserError
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write through a temporary file and a rename: readers see the old file or the new one, never a part."""
+    temporary = _temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_file` of a JSON value."""
+    write_file(path, json.dumps(_plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def write_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary directory beside `path` that takes its place when the body ends well and vanishes otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary.chmod(0o777 & ~_umask())
+    old = _temporary_name(path)
+    try:
+        yield temporary
+        if path.exists():
+            if not overwrite:
+                raise UserError(f"{path} exists already")
+            os.rename(path, old)
+        os.rename(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no inf and no NaN: they become strings, which `float` reads back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunDirectory:
+    """Paths of a run, and its configuration and metrics on disk."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.results = path / "results.json"
+        self.completions = path / "completions.jsonl"
+        self.plot = path / "loss.png"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.readme = path / "README.md"
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """An existing run."""
+        run = cls(path)
+        if not run.config.is_file():
+            raise UserError(f"{path} is not a run directory: it has no config.json")
+        return run
+
+    @classmethod
+    def check_free(cls, path: Path, overwrite: bool) -> None:
+        """Refuse a path that is taken. Only an earlier run is ever overwritten, and only on request."""
+        if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+            return
+        if not path.is_dir() or not cls(path).config.is_file():
+            raise UserError(f"{path} exists and is not a run directory: choose another --out")
+        if not overwrite:
+            raise UserError(f"{path} holds a run already: choose another --out, or add --overwrite to replace it")
+
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any], overwrite: bool) -> "RunDirectory":
+        """A new run directory with its configuration, all at once."""
+        cls.check_free(path, overwrite)
+        with write_directory(path, overwrite=True) as temporary:
+            write_json(temporary / "config.json", config)
+        return cls(path)
+
+    def read_config(self) -> dict[str, Any]:
+        return self._read_json(self.config)
+
+    def read_results(self) -> dict[str, Any]:
+        return self._read_json(self.results) if self.results.exists() else {}
+
+    @staticmethod
+    def _read_json(path: Path) -> dict[str, Any]:
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """One line, in one write."""
+        with open(self.metrics, "ab") as file:
+            file.write((json.dumps(_plain(record)) + "\n").encode())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All records; a last line cut off by a crash is left out."""
+        if not self.metrics.exists():
+            return []
+        records = []
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                records.append(json.loads(line))
+        return records
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was recorded after `step`: those steps are about to be taken again."""
+        if self.metrics.exists():
+            kept = [record for record in self.read_metrics() if record["step"] <= step]
+            write_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write_completions(
+        self, prompts: list[str], before: list[str], after: list[str], references: list[list[str]] | None
+    ) -> None:
+        """What BLEU was computed from, one prompt a line."""
+        lines = []
+        for i, (old, new) in enumerate(zip(before, after, strict=True)):
+            record = {"prompt": prompts[i], "before": old, "after": new}
+            if references is not None:
+                record["references"] = references[i]
+            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+        write_file(self.completions, "".join(lines))
