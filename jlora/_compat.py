@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex
+import jax.numpy as jnp
 
 # Names that a primitive has had; rules are registered under every one of them.
 REMAT_NAMES = ("remat2", "checkpoint", "remat")
@@ -30,3 +31,9 @@ def typeof(x: Any) -> Any:
 def manual_axes(params: dict[str, Any]) -> frozenset:
     """The mesh axes that a shard_map equation makes manual."""
     return frozenset(params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"])
+
+
+def is_staging() -> bool:
+    """Whether operations are being recorded (under ``jit``, in the body of a scan) rather than executed: a constant is
+    then a tracer as well. Under ``grad`` or ``vmap`` alone they are executed."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)

@@ -19,7 +19,16 @@ from jlora.io import save_peft
 from jlora.train import data, loading
 from jlora.train.checkpoint import Checkpoints
 from jlora.train.checkpoint import checksum as array_checksum
-from jlora.train.config import FinetuneConfig, RunError, UserError, resolve_length, resolve_steps, to_dict, validate
+from jlora.train.config import (
+    FinetuneConfig,
+    RunError,
+    UserError,
+    resolve_length,
+    resolve_rate,
+    resolve_steps,
+    to_dict,
+    validate,
+)
 from jlora.train.generate import generate
 from jlora.train.loop import (
     Interrupted,
@@ -143,7 +152,7 @@ def prepare(config: FinetuneConfig, reporter: Reporter) -> Job:
         config.data, model, seed=config.train.seed, max_new_tokens=config.eval.max_new_tokens,
         limit=config.eval.eval_limit,
     )  # fmt: skip
-    config = resolve_steps(config, len(train))
+    config = resolve_steps(resolve_rate(config), len(train))
     apply = jlora.lift(model.module.apply)
     return Job(config, model, adapted, train, held_out, apply, make_eval_step(apply), reporter, StopSignals())
 

@@ -251,8 +251,8 @@ def lift(
         one with forward-mode derivatives.
 
     Returns:
-      A function of the same arguments. It traces ``fn`` once for each structure, shape, dtype and static argument, as
-      ``jax.jit`` does, so that calling it outside of ``jit`` is not slow.
+      A function of the same arguments. Outside of ``jit`` it is compiled, once for each structure, shape, dtype and
+      static argument; inside it becomes part of the program around it, as ``fn`` would.
 
     A function with a custom derivative that takes an adapted weight itself is given the effective weight, since its
     derivative is defined for a weight and for nothing else. (Attention and the like, which take activations, are
@@ -261,14 +261,15 @@ def lift(
     if on_materialize not in ("warn", "error", "silent"):
         raise ValueError(f"on_materialize is 'warn', 'error' or 'silent'; got {on_materialize!r}.")
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def compiled(static: _Static, arrays: list) -> Any:
+    def inline(static: _Static, arrays: list) -> Any:
         arrays = iter(arrays)
         leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in static.leaves]
         args, kwargs = jax.tree.unflatten(static.treedef, leaves)
         run = Run(on_materialize, implementation, collect=aux)
         out = run_traced(run, fn, args, kwargs)
         return (out, run.aux) if aux else out
+
+    compiled = jax.jit(inline, static_argnums=0)
 
     @functools.wraps(fn)
     def lifted(*args, **kwargs):
@@ -282,7 +283,9 @@ def lift(
                 f"{getattr(fn, '__name__', fn)} was lifted and called with {bad!r} of type {type(bad).__name__}, which "
                 "is neither an array nor hashable. Close over it, or pass it as an array."
             ) from error
-        return compiled(static, [leaf for leaf in leaves if _is_array(leaf)])
+        # Within a trace the equations join it as they are: a jit of their own would be traced again for its gradient.
+        call = inline if _compat.is_staging() else compiled
+        return call(static, [leaf for leaf in leaves if _is_array(leaf)])
 
     return lifted
 

@@ -6,6 +6,7 @@ shape and axis order that the equation promised.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -157,7 +158,8 @@ def dot_general(run: Run, eqn: Any, values: list) -> list | None:
     # From [*stack, ..., produced] to the order of the equation: batch, free of lhs, free of rhs. Where all matrices of
     # a stack meet the same activation (every expert on every token), the stack axis is free, too.
     every = [i for i, atom in enumerate(stack) if atom not in batched]
-    y = jnp.moveaxis(y, every, range(y.ndim - len(every), y.ndim))
+    if every:
+        y = jnp.moveaxis(y, every, range(y.ndim - len(every), y.ndim))
     start = y.ndim - 1 - len(every)
     y = _from_canonical(y, start, [w.labels[a] for a in free], [w.shape[a] for a in free], n=1 + len(every))
     y = _from_canonical(y, 0, [w.labels[a] for a in wb], [w.shape[a] for a in wb], n=len(stack) - len(every))
@@ -170,18 +172,30 @@ def dot_general(run: Run, eqn: Any, values: list) -> list | None:
 def _apply(run: Run, w: AdaptedWeight, dot: Any, x: Array, transposed: bool, batched: set[Atom]) -> Array:
     """The method's forward on canonical operands, mapped over the stack axes, of which x has the batched ones."""
     ctx = run.context(w)
-
-    def one(x: Array, base: Array, own: Params, key: Any) -> tuple[Array, Any]:
-        p, c = own._replace(shared=w.shared), dataclasses.replace(ctx, key=key)
-        if transposed:
-            return w.method.forward_transposed(dot, x, base.T, p, c), None
-        return w.method.forward(dot, x, base, p, c)
-
-    for atom in reversed(w.group(STACK)):
-        one = jax.vmap(one, in_axes=(0 if atom in batched else None, 0, 0, 0))
-    y, aux = one(x, w.canonical(), w.own, ctx.key)
+    in_axes = tuple(0 if atom in batched else None for atom in w.group(STACK))
+    # Values that jit does not take (strings, say) are rare: they cost a trace for each use.
+    forward = _forward if all(isinstance(v, jax.Array) for v in jax.tree.leaves(w.values)) else _forward.__wrapped__
+    y, aux = forward(w.method, dot, transposed, in_axes, x, w.canonical(), w.own, w.shared, ctx)
     run.report(w.path, aux)
     return y
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _forward(
+    method: Any, dot: Any, transposed: bool, in_axes: tuple, x: Array, w: Array, own: Params, shared: Any, ctx: Context
+) -> tuple[Array, Any]:
+    """One product of a weight. Jitted, so that the layers of an unrolled model, which have the same shapes, are traced,
+    differentiated and lowered once."""
+
+    def one(x: Array, w: Array, own: Params, key: Any) -> tuple[Array, Any]:
+        p, c = own._replace(shared=shared), dataclasses.replace(ctx, key=key)
+        if transposed:
+            return method.forward_transposed(dot, x, w.T, p, c), None
+        return method.forward(dot, x, w, p, c)
+
+    for axis in reversed(in_axes):
+        one = jax.vmap(one, in_axes=(axis, 0, 0, 0))
+    return one(x, w, own, ctx.key)
 
 
 def _to_canonical(x: Array, start: int, labels: Sequence[tuple[Atom, ...]], flatten: bool) -> Array:
