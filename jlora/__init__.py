@@ -1,5 +1,7 @@
 """Low-rank adaptation of any JAX model, as pure functions over parameter pytrees."""
 
+from jlora import optim as optim
+from jlora import rank as rank
 from jlora.adapt import Adapted as Adapted
 from jlora.adapt import adapt as adapt
 from jlora.adapt import summary as summary
@@ -11,10 +13,45 @@ from jlora.lift import capture as capture
 from jlora.lift import lift as lift
 from jlora.lift import usage as usage
 from jlora.merge import merge as merge
+from jlora.methods import BOFT as BOFT
+from jlora.methods import C3A as C3A
+from jlora.methods import HRA as HRA
+from jlora.methods import IA3 as IA3
+from jlora.methods import NOLA as NOLA
+from jlora.methods import OFT as OFT
+from jlora.methods import AdaLoRA as AdaLoRA
+from jlora.methods import Bat as Bat
+from jlora.methods import BlockLoRA as BlockLoRA
+from jlora.methods import DeLoRA as DeLoRA
 from jlora.methods import DoRA as DoRA
+from jlora.methods import DyLoRA as DyLoRA
+from jlora.methods import FLoRA as FLoRA
+from jlora.methods import FourierFT as FourierFT
 from jlora.methods import Full as Full
+from jlora.methods import GraLoRA as GraLoRA
+from jlora.methods import HiRA as HiRA
+from jlora.methods import IntTune as IntTune
+from jlora.methods import LoHa as LoHa
+from jlora.methods import LoKr as LoKr
+from jlora.methods import LoLDU as LoLDU
 from jlora.methods import LoRA as LoRA
+from jlora.methods import LoRAXS as LoRAXS
+from jlora.methods import MatryoshkaLoRA as MatryoshkaLoRA
+from jlora.methods import MiddleLoRA as MiddleLoRA
+from jlora.methods import MiSS as MiSS
+from jlora.methods import MoS as MoS
+from jlora.methods import NLoRA as NLoRA
 from jlora.methods import Offset as Offset
+from jlora.methods import RandLoRA as RandLoRA
+from jlora.methods import RoAd as RoAd
+from jlora.methods import SHiRA as SHiRA
+from jlora.methods import SLoRA as SLoRA
+from jlora.methods import SoRA as SoRA
+from jlora.methods import TiedLoRA as TiedLoRA
+from jlora.methods import TrainableTokens as TrainableTokens
+from jlora.methods import TriAdaptLoRA as TriAdaptLoRA
+from jlora.methods import UniLoRA as UniLoRA
+from jlora.methods import VBLoRA as VBLoRA
 from jlora.methods import VeRA as VeRA
 from jlora.weight import Axes as Axes
 

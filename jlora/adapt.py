@@ -75,17 +75,18 @@ class Adapted:
                 continue
             own = Params(trainable[path], self.frozen.get(path))
             method = site.method
-            if method.whole_leaf:
-                out.append(method.weight(leaf, own))
-                continue
             shared = None
             if method.group is not None:
                 shared = {**trainable.get(method.group, {}), **self.frozen.get(method.group, {})}
+            if method.whole_leaf:
+                out.append(method.weight(leaf, own._replace(shared=shared)))
+                continue
             keys = None
             if key is not None and method.dropout > 0.0:
                 keys = _stack_keys(paths.fold_path(key, path), site.canonical_shape[0])
             labels = site.axes.labels(site.shape)
-            out.append(AdaptedWeight(leaf, own, shared, keys, context or None, method, labels, path))
+            values = context | {"key": key} if key is not None and method.model_key else context
+            out.append(AdaptedWeight(leaf, own, shared, keys, values or None, method, labels, path))
         return jax.tree.unflatten(treedef, out)
 
     def __repr__(self) -> str:
@@ -191,7 +192,7 @@ def build(
         trainable[path] = own.trainable
         if own.frozen is not None:
             frozen[path] = own.frozen
-        if site.method.group is not None:
+        if site.method.group is not None and not (site.method.whole_leaf and site.method.group in sites):
             groups.setdefault(site.method.group, {})[path] = site
     for group, members in groups.items():
         of = {site.method for site in members.values()}
@@ -202,34 +203,48 @@ def build(
         if group in trainable or group in frozen:
             raise ValueError(f"The group {group!r} has the name of a leaf: give it another.")
         wide = functools.reduce(jnp.promote_types, (arrays[path].dtype for path in members), jnp.float32)
-        shared = functools.partial(
-            of.pop().init_shared, sites=members, dtype=wide if param_dtype is None else jnp.dtype(param_dtype)
-        )
         abstract = any(isinstance(arrays[path], jax.ShapeDtypeStruct) for path in members)
-        made = jax.eval_shape(shared, key) if abstract else shared(paths.fold_path(key, group))
+        of_all = functools.partial(
+            _init_group,
+            method=of.pop(),
+            sites=tuple(members.items()),
+            dtype=wide if param_dtype is None else jnp.dtype(param_dtype),
+        )
+        made, each = jax.eval_shape(of_all, key) if abstract else of_all(paths.fold_path(key, group))
+        made, each = (made, each) if abstract else _place_group(made, each, members, arrays)
         for tree, part in ((trainable, made.trainable), (frozen, made.frozen)):
             if part is not None:
                 tree[group] = part
+        for path, part in each.items():
+            frozen[path] = frozen.get(path, {}) | part
     return Adapted(params, trainable, frozen, tuple(sites.items()))
 
 
-def _starter(leaf: Any, site: Site) -> Callable:
-    """The compiled ``_init`` of a leaf. On a mesh, an axis that is sharded in the weight is sharded in the parameters
-    that have it and the rank is whole, rather than as the compiler happens to choose: then a product over a sharded
-    axis stays local, with a small sum over devices. In explicit mode, where types have to agree, they start whole."""
+def _placement(leaf: Any, site: Site) -> Callable[[str], NamedSharding] | None:
+    """For a leaf on a mesh: from the names of a parameter's axes to its sharding. An axis that is sharded in the weight
+    is sharded in the parameters that have it and the rank is whole, rather than as the compiler happens to choose: then
+    a product over a sharded axis stays local, with a small sum over devices. In explicit mode, where types have to
+    agree, they start whole."""
     concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
     if site.method.whole_leaf or not concrete or not isinstance(leaf.sharding, NamedSharding):
-        return _compiled_init(None)
+        return None
     mesh, spec = leaf.sharding.mesh, [*leaf.sharding.spec, *(None,) * (leaf.ndim - len(leaf.sharding.spec))]
     if AxisType.Explicit in mesh.axis_types:
-        return _compiled_init(NamedSharding(mesh, PartitionSpec()))
+        return lambda dims: NamedSharding(mesh, PartitionSpec())
     axes = site.axes
     head = [spec[axis] for axis in axes.stack]
     entry = {"in": spec[axes.inputs[0]], "out": spec[axes.outputs[0]]}  # of a flattened group: its slowest axis's
+    return lambda dims: NamedSharding(mesh, PartitionSpec(*head, *(entry.get(dim) for dim in dims.split())))
+
+
+def _starter(leaf: Any, site: Site) -> Callable:
+    """The compiled ``_init`` of a leaf, its results placed as ``_placement`` says."""
+    place = _placement(leaf, site)
+    if place is None:
+        return _compiled_init(None)
     own = jax.eval_shape(functools.partial(_init, site=site, dtype=jnp.float32), jax.random.key(0), leaf)
     dims = site.method.dims(own)._replace(shared=None)
-    of = lambda dims: NamedSharding(mesh, PartitionSpec(*head, *(entry.get(dim) for dim in dims.split())))
-    leaves, treedef = jax.tree.flatten(jax.tree.map(of, dims))
+    leaves, treedef = jax.tree.flatten(jax.tree.map(place, dims))
     return _compiled_init(tuple(leaves), treedef)
 
 
@@ -250,6 +265,30 @@ def _init(key: jax.Array, leaf: jax.Array, *, site: Site, dtype: Any) -> Params:
     own = one(_stack_keys(key, stack), site.axes.to_canonical(leaf))
     assert own.shared is None
     return site.method.init_stack(own, site, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "sites", "dtype"))
+def _init_group(
+    key: jax.Array, *, method: Method, sites: tuple[tuple[str, Site], ...], dtype: Any
+) -> tuple[Params, dict[str, dict[str, jax.Array]]]:
+    """What a group shares, and what its leaves hold of their own because of it."""
+    members = dict(sites)
+    return method.init_shared(key, members, dtype), method.init_members(key, members, dtype)
+
+
+def _place_group(
+    made: Params, each: dict[str, Any], members: Mapping[str, Site], arrays: Mapping[str, Any]
+) -> tuple[Params, dict[str, Any]]:
+    """On a mesh: what is shared, whole on every device; the leaves' own, as their weights."""
+    places = {path: _placement(arrays[path], site) for path, site in members.items()}
+    on_mesh = [path for path, place in places.items() if place is not None]
+    if not on_mesh:
+        return made, each
+    whole = NamedSharding(arrays[on_mesh[0]].sharding.mesh, PartitionSpec())
+    for path in each.keys() & set(on_mesh):
+        dims = members[path].method.dims(Params(frozen=each[path])).frozen
+        each[path] = {name: jax.device_put(leaf, places[path](dims[name])) for name, leaf in each[path].items()}
+    return jax.device_put(made, whole), each
 
 
 def _stack_keys(key: jax.Array, stack: tuple[int, ...]) -> jax.Array:

@@ -60,7 +60,7 @@ def _merged(adapted: Adapted, path: str, leaf: Any, site: Site, allow_tied_chang
 def _effective(leaf: jax.Array, own: Params, shared: Any, *, site: Site) -> jax.Array:
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     if site.method.whole_leaf:
-        return site.method.weight(leaf.astype(wide), own).astype(leaf.dtype)
+        return site.method.weight(leaf.astype(wide), own._replace(shared=shared)).astype(leaf.dtype)
     one = lambda w, own: site.method.weight(w, own._replace(shared=shared))
     for _ in site.canonical_shape[0]:
         one = jax.vmap(one)

@@ -131,6 +131,12 @@ class Dot(Protocol):
     def outer(self, h: Array, b: Array) -> Array:
         """r features times ``b`` [r, out]."""
 
+    def features_last(self, x: Array) -> bool:
+        """Whether x is [..., in], the result [..., out], and a method may cut and reshape that axis itself."""
+
+    def einsum(self, subscripts: str, x: Array, w: Array) -> Array:
+        """A product of x and parameters in the arithmetic of the base's; only where ``features_last``."""
+
     def per_matrix(self, fn: Callable[[Array, "Params"], Any], w: Array, p: "Params") -> Any:
         """``fn(w, p)`` for one matrix, mapped over the experts where the product has many."""
 

@@ -1,5 +1,6 @@
 """Fixtures that several test folders share. Eight host devices, so that sharding is tested on any machine."""
 
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -10,6 +11,17 @@ if _FLAG not in os.environ.get("XLA_FLAGS", ""):  # read once, when jax makes it
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+_finished = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Drops compiled programs now and then: each holds memory maps, of which Linux gives a process 65,530."""
+    yield
+    if next(_finished) % 100 == 0:
+        jax.clear_caches()
+
 
 _SHARED = pathlib.Path(__file__).parents[2] / "shared"
 

@@ -26,10 +26,25 @@ import safetensors.numpy
 import jlora
 from jlora.io import load_peft
 from jlora.io.formats import FORMATS
+from jlora.weight import Params
 
 DIRECTORY = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[2] / "shared" / "oracles"))
-# Relative to the largest number of an array, absolute below 1. LoHa keeps its scale in float32, C3A its transforms.
-TOLERANCE = {"float64": 1e-10, "float32": 1e-6, "LOHA": 1e-7, "C3A": 1e-6, "DEFT": 1e-6}
+# Relative to the largest number of an array, absolute below 1. LoHa keeps its scale in float32, C3A its transforms,
+# FourierFT all of the change (what it recorded are float32 numbers, exactly).
+TOLERANCE = {"float64": 1e-10, "float32": 1e-6, "LOHA": 1e-7, "C3A": 1e-6, "DEFT": 1e-6, "FOURIERFT": 1e-6}
+
+
+def wrong_gradients(config: dict) -> str | None:
+    """Which gradients PEFT 0.21.2 takes wrongly, as a pattern: those, and what it trained with them, are not compared.
+
+    It differentiates the effective convolution of LoHa by hand and takes the other product's core in one place; and C3A
+    by its input: the gradient of the last layer's kernel agrees with finite differences, what lies before it does not.
+    (The conformance suite holds ours to the merged model's.)
+    """
+    if config["peft_type"] == "LOHA" and config.get("use_effective_conv2d"):
+        return r"hada_w[12]_a"
+    return r"lin0|^x$" if config["peft_type"] == "C3A" else None
+
 
 pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
 
@@ -169,6 +184,9 @@ class Case:
     def read(self, values: dict[str, np.ndarray]) -> jlora.Adapted:
         """``load_peft`` of a directory with these values for some of the adapter's tensors."""
         values = {same(name): v for name, v in values.items()}
+        # In memory, what is shared by the model is recorded below one of its modules.
+        shared = FORMATS[self.config["peft_type"]].shared
+        values |= {name.rpartition(".")[2]: v for name, v in values.items() if name.rpartition(".")[2] in shared}
         tensors = {key: np.ascontiguousarray(values.get(same(key), v)) for key, v in self.disk.items()}
         (self.scratch / "adapter_config.json").write_text(json.dumps(self.config))
         safetensors.numpy.save_file(tensors, self.scratch / "adapter_model.safetensors", {"format": "pt"})
@@ -187,6 +205,12 @@ class Case:
             self.close(g * m, w * m, what + jax.tree_util.keystr(path))
 
 
+def projected(adapted: jlora.Adapted) -> dict[str, Any]:
+    """The parameters as a method keeps them between steps. PEFT moves them in its forward pass."""
+    own = {path: Params(adapted.trainable[path], adapted.frozen.get(path)) for path in adapted.sites}
+    return adapted.trainable | {path: adapted.sites[path].method.project(p) for path, p in own.items()}
+
+
 @pytest.mark.parametrize("where", list(discover()))
 def test_case(where: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
     file, name = where
@@ -203,11 +227,10 @@ def test_case(where: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
         pytest.skip(f"load_peft refuses it: {error}")
     lifted = jlora.lift(model, on_materialize="error")
     x = jnp.asarray(z["x"])
-    recorded = case.group("grad/")
-    mask = case.read(
-        {k: np.zeros_like(v) for k, v in case.disk.items()} | {k: np.ones_like(v) for k, v in recorded.items()}
-    )
-    mask = mask.trainable
+    wrong = wrong_gradients(case.config)
+    recorded = {k: gradient for k, gradient in case.group("grad/").items() if not wrong or not re.search(wrong, k)}
+    zeros = {k: np.zeros_like(v) for k, v in case.disk.items() if v.dtype.kind == "f"}
+    mask = case.read(zeros | {k: np.ones_like(v) for k, v in recorded.items()}).trainable
 
     @jax.jit
     def run(adapted: jlora.Adapted, trainable: Any, x: jax.Array, target: jax.Array, weight: float):
@@ -224,10 +247,17 @@ def test_case(where: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
     # Outputs, loss and gradients.
     zero = jnp.zeros(z["y"].shape, z["y"].dtype)
     y, loss, grads = run(adapted, adapted.trainable, x, zero, 1.0)
+    if "y_merged" in z and np.abs(z["y_merged"] - z["y"]).max() > 1e-3:  # PEFT's forward pass is not its own merge:
+        case.close(y, z["y_merged"], "y")  # the merge is right, and nothing else that was recorded
+        case.close(model(jlora.merge(adapted), x), z["y_merged"], "y_merged")
+        return
     case.close(y, z["y"], "y")
     case.close(loss, z["loss"], "loss")
-    case.all_close(grads[0], case.read(recorded).trainable, mask, "gradient of ")
-    if "grad_x" in z:
+    on_disk = {same(key) for key in case.disk}
+    shared = FORMATS[case.config["peft_type"]].shared
+    if all(same(key) in on_disk or key.endswith(shared) for key in recorded):  # else the file is a compact form of them
+        case.all_close(grads[0], case.read(recorded).trainable, mask, "gradient of ")
+    if "grad_x" in z and not (wrong and re.search(wrong, "x")):
         case.close(grads[1], z["grad_x"], "gradient of x")
 
     # At PEFT's own start, and without an adapter.
@@ -250,11 +280,12 @@ def test_case(where: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
         case.close(model(merged, x), z.get("y_merged", z["y"]), "y_merged")
 
     # Five steps of gradient descent.
-    if "train/losses" in z:
+    if "train/losses" in z and not wrong:
         target, rate, trainable = jnp.asarray(z["train/target"]), float(z["train/lr"]), adapted.trainable
         for step, wanted in enumerate(z["train/losses"]):
             _, loss, (grads, *_) = run(adapted, trainable, x, target, 1.0 / target.size)
             case.close(loss, wanted, f"loss before step {step}")
+            trainable = projected(adapted.replace(trainable=trainable))
             if step < len(z["train/losses"]) - 1:
                 trainable = jax.tree.map(lambda p, g, m: p - rate * g * m, trainable, grads, mask)
         case.all_close(trainable, case.read(case.group("train/final/")).trainable, mask, "trained ")

@@ -151,9 +151,9 @@ class Checkpoints:
                     f"checkpoint {step} in {self.directory} was made with another {name}: it can only be used with the "
                     f"one it was trained on (then {_short(meta['identity'].get(name))}, now {_short(wanted)})"
                 )
-        state = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        )["state"]
+        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))[
+            "state"
+        ]
         if _checksums(state) != meta["checksums"]:
             raise ValueError("its checksum does not match")
         return state, meta["data"]

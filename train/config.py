@@ -72,7 +72,7 @@ class MethodOptions:
     """which adapter goes where; an option left out takes the method's own default"""
 
     method: str = "lora"
-    """`lora`, `dora`, `vera`, or `full` (train the weights themselves)."""
+    """`lora`, `dora`, `vera`, ... (a wrong name lists all), or `full`: train the weights themselves."""
     targets: Globs = ()
     """Globs over `/`-joined parameter paths, e.g. "**/q_proj/kernel" (default: all-linear; for `full`, every leaf)."""
     rank: OptionalInt = None

@@ -319,4 +319,3 @@ def export_adapter(adapted: jlora.Adapted, directory: Path, model_name: str, ove
     """Write an adapter in PEFT format, all of it or nothing."""
     with write_directory(directory, overwrite) as temporary:
         save_peft(adapted, temporary, base_model_name_or_path=model_name, task_type="CAUSAL_LM")
-

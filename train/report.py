@@ -54,9 +54,7 @@ class Reporter:
         else:
             remaining = (time.monotonic() - self._began) / max(step - self._first, 1) * (self._total - step)
             width = len(str(self._total))
-            self.say(
-                f"step {step:{width}}/{self._total}  loss {loss:.3f}  {speed} tokens/s  eta {_clock(remaining)}"
-            )
+            self.say(f"step {step:{width}}/{self._total}  loss {loss:.3f}  {speed} tokens/s  eta {_clock(remaining)}")
 
     def stop(self) -> None:
         if self._progress is not None:

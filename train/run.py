@@ -1,13 +1,13 @@
 """The run directory: what lies where, and how it is written so that a crash never leaves half a file.
 
-    config.json     every option, with the values that "default" came to
-    metrics.jsonl   one JSON object per line: {"step", "loss", ...} while training, {"step", "eval_nll", ...} held out
-    results.json    figures and samples before and after
-    completions.jsonl   every held-out prompt with its completion before and after, and its references
-    loss.png        training and held-out loss over steps
-    checkpoints/    the newest and the best training states (orbax)
-    adapter/        the adapter in PEFT format
-    README.md       what was run, what came out, how to load it
+config.json     every option, with the values that "default" came to
+metrics.jsonl   one JSON object per line: {"step", "loss", ...} while training, {"step", "eval_nll", ...} held out
+results.json    figures and samples before and after
+completions.jsonl   every held-out prompt with its completion before and after, and its references
+loss.png        training and held-out loss over steps
+checkpoints/    the newest and the best training states (orbax)
+adapter/        the adapter in PEFT format
+README.md       what was run, what came out, how to load it
 """
 
 import contextlib

@@ -21,13 +21,15 @@ from jlora.io.format import Format
 from jlora.io.formats import FORMATS
 from jlora.io.layouts import View, candidates, from_torch, to_torch, view
 from jlora.io.names import Names, Place, Tree
-from jlora.methods import Full, Offset, Site
+from jlora.io.tokens import BESIDE
+from jlora.methods import Follow, Full, Offset, Site, TrainableTokens
 from jlora.weight import Axes, Params
 
 # Config fields that say which modules, or nothing that changes the numbers.
 _COMMON = frozenset(
     "peft_type peft_version task_type base_model_name_or_path revision inference_mode auto_mapping runtime_config "
-    "target_modules exclude_modules modules_to_save layers_to_transform layers_pattern bias fan_in_fan_out".split()
+    "target_modules exclude_modules modules_to_save layers_to_transform layers_pattern bias fan_in_fan_out "
+    "trainable_token_indices".split()
 )
 _ROWS = 30
 
@@ -51,12 +53,14 @@ class _Content:
       whole: full copies of parameters, by name.
       base: full copies of the base weights of adapted modules, by name.
       shared: the format's tensors for the whole model.
+      tokens: trained rows of tables, by module.
     """
 
     modules: dict[str, dict[str, _Tensor]]
     whole: dict[str, _Tensor]
     base: dict[str, _Tensor]
     shared: dict[str, _Tensor]
+    tokens: dict[str, _Tensor] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +119,9 @@ def load_peft(
     leaf is one module for each layer (``jlora.io.names.Tree`` has the rule). Every tensor of the file must have a place
     and every module that the config selects must have its tensors. Layers without tensors, and ranks that differ from
     layer to layer, become ``ranks`` and ``alphas`` of the method on a stacked leaf. Full copies (``modules_to_save``,
-    trained biases) become ``Full``, ``lora_bias`` becomes ``Offset``. A table that the tree uses as its output head too
-    is adapted for its lookups only, as PEFT does (``lookup_only``).
+    trained biases) become ``Full``, ``lora_bias`` becomes ``Offset``, trained rows
+    ``TrainableTokens``. A table that the tree uses as its output head too is adapted for its lookups only, as PEFT does
+    (``lookup_only``).
 
     Args:
       directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -137,8 +142,13 @@ def load_peft(
     where = str(directory)
     config = files.read_config(directory)
     fmt = _format(config, where)
-    content = _sort(files.read_tensors(directory), fmt, where)
     tree = Tree(params, names, axes, usage)
+    try:
+        tensors = fmt.complete(config, files.read_tensors(directory), lambda: _targets(tree, config))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from None
+    config = fmt.settle(config, tensors)
+    content = _sort(tensors, fmt, where)
     diff = _Diff()
 
     members = _locate(tree, fmt, config, content, diff)
@@ -147,11 +157,15 @@ def load_peft(
     offsets = _offsets(tree, fmt, config, members, diff)
     whole = _whole(tree, config, content.whole, sites, diff, where)
     base = _base(tree, config, content.base, diff)
+    tokens = _tokens(tree, config, content.tokens, sites, diff, where)
     diff.check(where)
     if both := sorted(whole.keys() & offsets.keys()):
         raise ValueError(f"{where}: for {both[0]!r} the file has a bias and lora_bias, two names for one thing.")
     sites |= {path: Site(Full(), None, tuple(tree.leaves[path].shape)) for path in whole}
+    follows = _follows(tree, fmt, members, sites)
+    sites |= follows
     sites |= {path: Site(Offset(s), None, tuple(tree.leaves[path].shape)) for path, (s, _) in offsets.items()}
+    sites |= {path: site for path, (site, _) in tokens.items()}
 
     if base:
         params = jax.tree.unflatten(tree.treedef, [base.get(path, leaf) for path, leaf in tree.leaves.items()])
@@ -161,13 +175,21 @@ def load_peft(
     built = build(params, sites, key=jax.random.key(0), arrays=abstract)
     trainable, frozen = {}, {}
     for path, site in sites.items():
-        if path in whole:
+        if path in follows:
+            trainable[path] = built.trainable[path]
+        elif path in whole:
             trainable[path] = _fill(built.trainable[path], {"": whole[path]})
         elif path in offsets:
             trainable[path] = _fill(built.trainable[path], {"delta": offsets[path][1]})
+        elif path in tokens:
+            trainable[path] = _fill(built.trainable[path], {"rows": [((), tokens[path][1])]})
         else:
-            filled = _fill(built.trainable[path], _values(tree, fmt, site, views[path], members[path]))
-            own = site.method.init_stack(Params(filled), site, jax.tree.leaves(filled)[0].dtype)
+            values = _values(tree, fmt, site, views[path], members[path])
+            kept = {name.removeprefix("frozen/"): v for name, v in values.items() if name.startswith("frozen/")}
+            filled = _fill(built.trainable[path], {k: v for k, v in values.items() if not k.startswith("frozen/")})
+            own = Params(filled, _fill(built.frozen[path], kept) if kept else None)
+            dtype = next((leaf.dtype for leaf in jax.tree.leaves(filled)), jnp.dtype(jnp.float32))
+            own = site.method.init_stack(own, site, dtype)
             trainable[path] = own.trainable
             if own.frozen is not None:
                 frozen[path] = own.frozen
@@ -177,7 +199,10 @@ def load_peft(
             groups = fmt.read_shared(config, list(views.values()), shared)
         except ValueError as error:
             raise ValueError(f"{where}: {error}.") from None
-        frozen |= {group: _fill_shared(built.frozen[group], arrays) for group, arrays in groups.items()}
+        for group, arrays in groups.items():
+            for parts, made in ((trainable, built.trainable), (frozen, built.frozen)):
+                if group in made:
+                    parts[group] = _fill_shared(made[group], arrays)
     return built.replace(trainable=trainable, frozen=frozen)
 
 
@@ -203,6 +228,23 @@ def _format(config: Mapping[str, Any], where: str) -> Format:
     return fmt
 
 
+def _targets(tree: Tree, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """(in, out) of every module that the config targets."""
+    matrices = {place.module: place for place in tree.matrices()}
+    sizes = {}
+    for module in matching.targeted(config, matrices):
+        place = matrices[module]
+        shape, given = tree.leaves[place.path].shape, tree.given(place.path)
+        options = [given] if given else candidates(tree.last(place.path), shape, None, len(place.index), place.bare)
+        found = {axes.canonical_shape(shape)[1:] for axes in options}
+        if len(found) != 1:
+            raise ValueError(
+                f"which axes of {place.path!r} {tuple(shape)} are inputs and outputs is not known: pass axes= or usage="
+            )
+        sizes[module] = found.pop()
+    return sizes
+
+
 def _suffix_pattern(suffix: str) -> re.Pattern:
     """A key that ends so, with or without the adapter's name in its usual place."""
     stem, dot, last = suffix.partition(".")
@@ -223,10 +265,15 @@ def _sort(tensors: Mapping[str, np.ndarray], fmt: Format, where: str) -> _Conten
                 target = content.shared if suffix in fmt.shared else content.modules[module]
                 break
         else:
+            if match := _suffix_pattern(BESIDE).fullmatch(name):
+                content.tokens[match[1]] = tensor
+                continue
             module, _, suffix = re.sub(r"\.modules_to_save\.[^.]+\.", ".", name).rpartition(".")
             base = module.endswith(".base_layer") and suffix != "bias"
             target = content.base if base else content.whole
             suffix = f"{module.removesuffix('.base_layer')}.{suffix}".lstrip(".")
+        if target is content.shared and suffix in target and np.array_equal(target[suffix].array, array):
+            continue
         if suffix in target:
             raise ValueError(
                 f"{where}: {target[suffix].key} and {key} are the same tensor of two adapters; save one at a time."
@@ -286,8 +333,10 @@ def _layouts(tree: Tree, fmt: Format, place: Place, tensors: Mapping[str, _Tenso
     """The axes that a leaf may have: those that agree with the shapes of the file, and all."""
     hint = fmt.hint({suffix: tensor.shape for suffix, tensor in tensors.items()})
     shape, given = tree.leaves[place.path].shape, tree.given(place.path)
-    # Patterns for axes are often broad: those of linear weights do not speak of the tables that they happen to match.
-    if given is not None and hint.kind in (None, given.kind):
+    # Patterns for axes are often broad: those of linear weights do not speak of the tables and
+    # convolutions that they happen to match.
+    fits = given is not None and len(given.stack + given.inputs + given.outputs) == len(shape)
+    if fits and hint.kind in (None, given.kind):
         options = [given]
     else:
         options = candidates(tree.last(place.path), shape, hint.kind, len(place.index), place.bare)
@@ -383,7 +432,7 @@ def _missing(
 def _values(
     tree: Tree, fmt: Format, site: Site, view: View, at: Mapping[tuple[int, ...], _Member]
 ) -> dict[str, list[tuple[tuple[int, ...], np.ndarray]]]:
-    """For each trainable array of a leaf, its pieces and where they go."""
+    """For each array of a leaf that the file holds, its pieces and where they go."""
     pieces = collections.defaultdict(list)
     for index in np.ndindex(*site.canonical_shape[0][: len(next(iter(at)))]):
         if index in at:
@@ -404,13 +453,14 @@ def _fill(empty: Any, values: Mapping[str, list[tuple[tuple[int, ...], np.ndarra
     for name, leaf in leaves:
         buffer = np.zeros(leaf.shape, leaf.dtype)
         for index, piece in values.get(name, ()):
-            buffer[index][tuple(map(slice, piece.shape))] = piece
+            buffer[(*index, *map(slice, piece.shape))] = piece
         out.append(jnp.asarray(buffer))
     return jax.tree.unflatten(treedef, out)
 
 
-def _fill_shared(empty: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    return {name: jnp.asarray(arrays[name], empty[name].dtype) for name in empty}
+def _fill_shared(empty: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    leaves, treedef = paths.flatten(empty)
+    return jax.tree.unflatten(treedef, [jnp.asarray(arrays[name], leaf.dtype) for name, leaf in leaves])
 
 
 # Everything else: biases, full copies, tables.
@@ -447,6 +497,25 @@ def _offsets(
         common = scales.pop() if len(scales) == 1 else 1.0
         offsets[path] = (common, [(i, d if s == common else d * (s / common)) for i, s, d in each])
     return offsets
+
+
+def _follows(
+    tree: Tree,
+    fmt: Format,
+    members: Mapping[str, Mapping[tuple[int, ...], _Member]],
+    sites: Mapping[str, Site],
+) -> dict[str, Site]:
+    """The biases that change with the outputs of their modules."""
+    found = {}
+    for path, at in members.items():
+        if path not in sites or not fmt.follows(sites[path].method):
+            continue
+        for member in at.values():
+            place = tree.places.get(f"{member.place.module}.bias")
+            if place is not None:
+                method = Follow(group=path, method=sites[path].method, n_stack=len(place.index))
+                found[place.path] = Site(method, None, tuple(tree.leaves[place.path].shape))
+    return found
 
 
 def _whole(
@@ -500,6 +569,47 @@ def _base(tree: Tree, config: Mapping[str, Any], tensors: Mapping[str, _Tensor],
         if not np.array_equal(array, np.asarray(leaf)):
             changed[place.path] = jnp.asarray(array)
     return changed
+
+
+def _tokens(
+    tree: Tree,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, _Tensor],
+    sites: Mapping[str, Site],
+    diff: _Diff,
+    where: str,
+) -> dict[str, tuple[Site, np.ndarray]]:
+    """The tables of which the file holds rows, beside adapters of another type."""
+    indices = config.get("trainable_token_indices") or {}
+    each = indices if isinstance(indices, Mapping) else dict.fromkeys(tensors or ["embed_tokens"], indices)
+    found = {}
+    for name, numbers in each.items():
+        modules = [module for module in tensors if module == name or module.endswith(f".{name}")]
+        if not modules:
+            diff.add(f"base_model.model.*{name}.{BESIDE}", None, f"{len(numbers)} rows", "missing")
+        for module in modules:
+            found[module] = TrainableTokens(tuple(numbers))
+    rows = {}
+    for module, tensor in tensors.items():
+        place, method = tree.places.get(f"{module}.weight"), found.get(module)
+        if place is None or place.index or method is None:
+            problem = "no such leaf" if method is not None else "no trainable_token_indices"
+            diff.add(tensor.key, place and place.path, problem, tensor.shape)
+            continue
+        if place.path in sites:
+            raise ValueError(
+                f"{where}: of {place.path!r} the file trains rows, and adapts all of it too: a leaf has one method "
+                "here. Merge the two in PEFT."
+            )
+        shape = tuple(tree.leaves[place.path].shape)
+        axes = Axes((0,), tuple(range(1, len(shape))), kind="embedding")
+        site = Site(method, axes, shape)
+        wanted = (len(method.indices), site.canonical_shape[2])
+        if tensor.shape != wanted or method.check(site):
+            diff.add(tensor.key, place.path, method.check(site) or wanted, tensor.shape)
+            continue
+        rows[place.path] = site, tensor.array
+    return rows
 
 
 def _torch_shape(tree: Tree, place: Place) -> Sequence[int]:

@@ -52,6 +52,7 @@ class LoraFormat(Format):
     methods = (LoRA, DoRA)
     suffixes = (_A, _B, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE)
     offset = "lora_B.bias"
+    beside_tokens = True
     fields = frozenset(
         "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern lora_bias init_lora_weights "
         "target_parameters".split()

@@ -4,6 +4,7 @@ The rules are PEFT's own, with their irregularities: a name in ``target_modules`
 ``modules_to_save`` matches any module whose name merely ends so, and keys of ``rank_pattern`` are regular expressions.
 """
 
+import collections
 import re
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
@@ -73,6 +74,12 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> A
 def pattern_of(name: str) -> str:
     """A key for such a mapping that matches this name alone."""
     return "^" + re.escape(name)
+
+
+def as_pattern(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The inverse of ``by_pattern``: the most common value, and the pattern that gives the other names theirs."""
+    default = collections.Counter(values.values()).most_common(1)[0][0]
+    return default, {pattern_of(name): value for name, value in values.items() if value != default}
 
 
 def shortest(wanted: Set[str], names: Iterable[str], *, boundary: bool = True) -> list[str]:

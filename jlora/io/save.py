@@ -16,8 +16,9 @@ from jlora.io.format import Format, Written
 from jlora.io.formats import FORMATS
 from jlora.io.layouts import to_torch, view
 from jlora.io.names import Names, Place, Tree
-from jlora.methods import Site
-from jlora.methods.whole import Offset
+from jlora.io.tokens import BESIDE
+from jlora.methods import Site, TrainableTokens
+from jlora.methods.whole import Follow, Offset
 from jlora.weight import Params
 
 _PREFIX = "base_model.model."
@@ -43,7 +44,8 @@ def save_peft(
     ``bias``, to its kind) and is not trained is written with the base's values. Both files are replaced atomically.
 
     Args:
-      adapted: one PEFT method on all its weights (LoRA and DoRA are two), and ``Full`` and ``Offset`` wherever.
+      adapted: one PEFT method on all its weights (LoRA and DoRA are two), and ``Full`` and ``Offset`` wherever; beside
+        LoRA, ``TrainableTokens`` on tables.
       base_model_name_or_path: the Hub's name or the directory of the base, for PEFT to find it.
       task_type: "CAUSAL_LM", "SEQ_CLS" and so on, for PEFT's automatic classes.
       names: as for ``load_peft``.
@@ -54,12 +56,20 @@ def save_peft(
     """
     sites = adapted.sites
     matrices = {path: site for path, site in sites.items() if not site.method.whole_leaf}
-    fmt = _format(matrices)
+    rows = {path: site for path, site in matrices.items() if isinstance(site.method, TrainableTokens)}
+    rows = rows if len(rows) < len(matrices) else {}  # else they are what the file is of
+    fmt = _format({path: site for path, site in matrices.items() if path not in rows})
+    if rows and not fmt.beside_tokens:
+        raise ValueError(
+            f"{next(iter(rows))!r}: PEFT has no trained rows beside {fmt.peft_type} adapters. Merge instead."
+        )
     tree = Tree(adapted.base, names, known={path: site.axes for path, site in matrices.items()})
     for path in sites:
         if not tree.by_path[path]:
             raise ValueError(f"names({path!r}) is None, and the leaf is trained: it needs the name of a module.")
-    _warn_of_tied(tree, matrices)
+    matrices = {path: site for path, site in matrices.items() if path not in rows}
+    if fmt.lookups_only:
+        _warn_of_tied(tree, matrices)
     written = {place: one for path, site in matrices.items() for place, one in _write(adapted, tree, fmt, path, site)}
     if not written:
         raise ValueError("None of the adapters has a rank above 0: there is nothing to write.")
@@ -69,9 +79,10 @@ def save_peft(
         for suffix, tensor in one.tensors.items()
     }
     methods = [site.method for site in matrices.values()]
-    tensors |= {f"base_model.{name}": tensor for name, tensor in fmt.write_shared(methods, adapted.frozen).items()}
+    tensors |= {f"base_model.{name}": tensor for name, tensor in fmt.write_shared(methods, _groups(adapted)).items()}
     modules = {place.module for place in written if not place.bare}
-    tensors |= _tables(tree, modules)
+    if fmt.copies_tables and not rows:
+        tensors |= _tables(tree, modules)
     copies, copied = _copies(adapted, tree, fmt, written)
     config = fmt.config({place.target: one.facts for place, one in written.items()}) | {
         "peft_type": fmt.peft_type,
@@ -81,10 +92,21 @@ def save_peft(
         "fan_in_fan_out": _fan_in_fan_out(tree, matrices),
         "target_modules": matching.shortest(modules, tree.modules()),
     }
+    if rows:
+        places = {tree.by_path[path][0]: path for path in rows}
+        tensors |= {
+            f"{_PREFIX}{p.module}.{BESIDE}": np.asarray(adapted.trainable[at]["rows"]) for p, at in places.items()
+        }
+        config["trainable_token_indices"] = {p.module: list(rows[at].method.indices) for p, at in places.items()}
     config |= _target_parameters(tree, [place for place in written if place.bare])
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
-    tensors = {key: np.asarray(tensor, dtype) for key, tensor in (tensors | copies).items()}
-    files.write(pathlib.Path(directory), config | copied, tensors)
+    cast = lambda tensor: np.asarray(tensor, dtype if jnp.issubdtype(tensor.dtype, jnp.floating) else None)
+    tensors = {key: cast(tensor) for key, tensor in (tensors | copies).items()}
+    config |= copied
+    if "bias" in fmt.lacks and config["bias"] != "none":
+        raise ValueError(f"PEFT trains no biases beside {fmt.peft_type} adapters. Leave them out of Full, or merge.")
+    config = {key: value for key, value in config.items() if key not in fmt.lacks}
+    files.write(pathlib.Path(directory), config, tensors)
 
 
 def _format(matrices: dict[str, Site]) -> Format:
@@ -119,6 +141,9 @@ def _warn_of_tied(tree: Tree, matrices: dict[str, Site]) -> None:
 def _write(adapted: Adapted, tree: Tree, fmt: Format, path: str, site: Site) -> Iterator[tuple[Place, Written]]:
     """(place, what is written) of every module of a leaf."""
     arrays = {name: np.asarray(leaf) for name, leaf in paths.flatten(adapted.trainable[path])[0]}
+    kept = paths.flatten(adapted.frozen.get(path, {}))[0]
+    arrays |= {f"frozen/{name}": np.asarray(leaf) for name, leaf in kept}
+    shared = {f"group/{name}": array for name, array in _groups(adapted).get(site.method.group, {}).items()}
     leaf = tree.leaves[path]
     for place in tree.by_path[path]:
         if len(place.index) != len(site.axes.stack) - (place.bare and len(site.axes.stack) > len(place.index)):
@@ -127,7 +152,7 @@ def _write(adapted: Adapted, tree: Tree, fmt: Format, path: str, site: Site) -> 
                 f"{len(place.index)} numbers. Pass names= with a * where each number goes."
             )
         one = view(site.axes, site.shape, tree.last(path), place.bare, len(place.index))
-        own = {name: array[place.index] for name, array in arrays.items()}
+        own = {name: array[place.index] for name, array in arrays.items()} | shared
         weight = lambda i=place.index: site.axes.to_canonical(np.asarray(leaf))[i]
         layer = place.index[0] if len(site.axes.stack) == 1 and place.index else None
         try:
@@ -136,6 +161,14 @@ def _write(adapted: Adapted, tree: Tree, fmt: Format, path: str, site: Site) -> 
             raise ValueError(f"{path!r}: {error}") from None
         if written is not None:
             yield place, written
+
+
+def _groups(adapted: Adapted) -> dict[str, dict[str, np.ndarray]]:
+    """The parameters of every group, by their paths."""
+    names = {site.method.group for site in adapted.sites.values()} - {None}
+    parts = lambda name: (adapted.trainable.get(name), adapted.frozen.get(name))
+    flat = {name: [pair for part in parts(name) for pair in paths.flatten(part)[0]] for name in names}
+    return {name: {path: np.asarray(leaf) for path, leaf in pairs} for name, pairs in flat.items()}
 
 
 def _definition_order(place: Place) -> tuple[bool, bool, str]:
@@ -189,7 +222,17 @@ def _copies(
     modules = {place.module for place in written if not place.bare}
     offsets = _offsets(adapted, tree, fmt, written, modules)
     leaves = {}
+    following = {site.method.group for site in adapted.sites.values() if isinstance(site.method, Follow)}
+    for place in written:
+        alone = place.path not in following and fmt.follows(adapted.sites[place.path].method)
+        if alone and f"{place.module}.bias" in tree.places:
+            raise ValueError(
+                f"{place.module} has a bias, which PEFT's {fmt.peft_type} changes with the outputs and this adapter "
+                "does not. Put jlora.methods.Follow on the bias before training, or merge (jlora.merge)."
+            )
     for path, site in adapted.sites.items():
+        if isinstance(site.method, Follow):
+            continue
         if site.method.whole_leaf and (path not in offsets):
             bare = next((place for place in tree.by_path[path] if place.bare), None)
             if bare is not None:

@@ -68,11 +68,11 @@ class VeraFormat(Format):
             return None  # zero and staying so: both gradients vanish. It is how a layer without tensors is read
         return Written({_D: arrays["d"], _B: arrays["b"]}, method, view.n_out)
 
-    def write_shared(self, methods: Sequence[Method], frozen: Mapping[str, Arrays]) -> Tensors:
-        groups = {method.group for method in methods}
-        if len(groups) > 1:
-            raise ValueError(f"A VERA file has one pair of projections, and here are the groups {sorted(groups)}.")
-        pair = frozen[groups.pop()]
+    def write_shared(self, methods: Sequence[Method], groups: Mapping[str, Arrays]) -> Tensors:
+        names = {method.group for method in methods}
+        if len(names) > 1:
+            raise ValueError(f"A VERA file has one pair of projections, and here are the groups {sorted(names)}.")
+        pair = groups[names.pop()]
         return {_SHARED_A: np.asarray(pair["a"]).T, _SHARED_B: np.asarray(pair["b"]).T}
 
     def config(self, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,9 @@ def _observe(run: Run, w: AdaptedWeight, kind: str, contracted, batched, produce
 class _Branch:
     """What all kinds of products share: the factored branch composed of ``inner`` and ``outer``."""
 
+    def features_last(self, x: Array) -> bool:
+        return False
+
     def per_matrix(self, fn: Callable, w: Array, p: Params) -> Any:
         return fn(w, p)
 
@@ -71,6 +74,15 @@ class LinearDot(_Branch):
     preferred: Any
     kind: str = "linear"
     out_spec: PartitionSpec | None = None
+
+    def features_last(self, x: Array) -> bool:
+        # An axis that is sharded by its type is reshaped only by saying how, and that may move data.
+        return self.out_spec is None and all(entry is None for entry in jax.typeof(x).sharding.spec[x.ndim - 1 :])
+
+    def einsum(self, subscripts: str, x: Array, w: Array) -> Array:
+        return jnp.einsum(
+            subscripts, x, w.astype(x.dtype), precision=self.precision, preferred_element_type=self.preferred
+        )
 
     def _dot(self, x: Array, w: Array, preferred: Any, spec: PartitionSpec | None) -> Array:
         axes = ((x.ndim - 1,), (0,)), ((), ())

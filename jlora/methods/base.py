@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.factors import Factors
@@ -47,6 +48,15 @@ class Site:
         """How many matrices the leaf holds."""
         return math.prod(self.canonical_shape[0])
 
+    @property
+    def window(self) -> tuple[int, int, int]:
+        """The inputs of a convolution as (window axes before the features, features, window axes after them). The
+        features are taken to be the input axis beside the outputs, as in HWIO and OIHW."""
+        inputs, (output, *_) = self.axes.inputs, self.axes.outputs
+        at = min(range(len(inputs)), key=lambda i: abs(inputs[i] - output))
+        sizes = [self.shape[axis] for axis in inputs]
+        return math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :])
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -60,6 +70,8 @@ class Method:
       lookup_only: adapt only the lookups of an embedding, not its use as an output head.
       group: name of the parameters shared by all leaves of this method, or None.
       dropout: rate on the input of a factored branch; active exactly when the tree was bound with a key.
+      model_key: hand the key that the tree was bound with to the method as the context's ``values["key"]``, for what is
+        drawn once for the whole model. ``Context.key`` is another one for every matrix and use.
     """
 
     mergeable: ClassVar[bool] = True
@@ -68,6 +80,7 @@ class Method:
     lookup_only: ClassVar[bool] = False
     group: ClassVar[str | None] = None
     dropout: ClassVar[float] = 0.0
+    model_key: ClassVar[bool] = False
 
     # Creation.
 
@@ -87,9 +100,18 @@ class Method:
         """Trainable and frozen parameters of the group, for all the leaves together."""
         raise NotImplementedError(f"{type(self).__name__} has a group but does not define init_shared.")
 
+    def init_members(self, key: PRNGKeyArray, sites: dict[str, Site], dtype: Any) -> dict[str, dict[str, Array]]:
+        """Frozen parameters of the group's leaves that depend on all of them (places in a store, say), by path, with
+        the stack axes. They join what ``init`` gave. ``key`` is the one of ``init_shared``."""
+        return {}
+
     def count(self, site: Site) -> int:
         """Trainable parameters of one leaf, by the paper's formula (what the group shares not included)."""
         raise NotImplementedError(f"{type(self).__name__} does not define count.")
+
+    def count_shared(self, sites: dict[str, Site]) -> int:
+        """Trainable parameters of the group, once for all its leaves."""
+        return 0
 
     def dims(self, p: Params) -> Params:
         """Names of the axes of every parameter, as a tree like ``p`` with a string for each leaf: the words "in", "out"
@@ -133,6 +155,13 @@ class Method:
         x = x if gain is None else x * gain.astype(x.dtype)
         return dot.factored(x, wt, f.swap(), ctx)
 
+    # Training.
+
+    def project(self, p: Params) -> Any:
+        """The trainable parameters moved to where the method keeps them between steps, for methods that keep them
+        anywhere. ``weight`` and ``forward`` are the same before and after."""
+        return p.trainable
+
     # What people read.
 
     @property
@@ -163,6 +192,52 @@ def check_rank(rank: int, site: Site) -> str | None:
     if rank > min(n_in, n_out):
         return f"rank {rank} is above min(in, out) = {min(n_in, n_out)}; choose a rank of at most {min(n_in, n_out)}"
     return None
+
+
+def unsharded(w: Array) -> Array:
+    """``w`` whole on every device, where its type says that it is not (explicit sharding): starts that decompose or
+    slice a weight want that said."""
+    sharding = jax.typeof(w).sharding
+    if all(axis is None for axis in sharding.spec):
+        return w
+    return jax.reshard(w, NamedSharding(sharding.mesh, PartitionSpec(*(None,) * w.ndim)))
+
+
+def to_blocks(w: Float[Array, "in out"], rows: int, cols: int) -> Float[Array, "i rows o cols"]:
+    """``w`` cut into blocks. Where its type says how it is sharded (explicit sharding), whole blocks stay where they
+    are; blocks that are cut by the sharding make the axis whole."""
+    sharding = jax.typeof(w).sharding
+    shape = (w.shape[0] // rows, rows, w.shape[1] // cols, cols)
+    if all(axis is None for axis in sharding.spec):
+        return w.reshape(shape)
+    parts = lambda axis: math.prod(sharding.mesh.shape[name] for name in jax.tree.leaves(axis))
+    spec = [axis if n % parts(axis) == 0 else None for axis, n in zip(sharding.spec, shape[::2], strict=True)]
+    w = jax.reshard(w, PartitionSpec(*spec))
+    return jax.lax.reshape(w, shape, out_sharding=PartitionSpec(spec[0], None, spec[1], None))
+
+
+def from_blocks(blocks: Float[Array, "i rows o cols"], like: Float[Array, "in out"]) -> Float[Array, "in out"]:
+    """The inverse, sharded as ``like``."""
+    rows, _, cols, _ = jax.typeof(blocks).sharding.spec
+    spec = PartitionSpec(rows, cols)
+    if rows is None and cols is None:
+        return blocks.reshape(like.shape)
+    merged = jax.lax.reshape(blocks, like.shape, out_sharding=spec)
+    return jax.reshard(merged, PartitionSpec(*jax.typeof(like).sharding.spec))
+
+
+def laid_as(w: Array, a: Float[Array, "in r"], b: Float[Array, "r out"]) -> tuple[Array, Array]:
+    """``a`` and ``b`` sharded as their axes of ``w`` are by its type (explicit sharding), so that their product is
+    formed where ``w`` lies. For methods that form a change of the weight; the same arrays elsewhere."""
+    n_in, n_out = jax.typeof(w).sharding.spec
+    a = a if n_in is None else jax.reshard(a, PartitionSpec(n_in, None))
+    return a, b if n_out is None else jax.reshard(b, PartitionSpec(None, n_out))
+
+
+def sharded_as(w: Array, change: Array) -> Array:
+    """``change`` sharded as ``w`` is by its type (explicit sharding), so that the two add up; the same elsewhere."""
+    spec = jax.typeof(w).sharding.spec
+    return change if all(axis is None for axis in spec) else jax.reshard(change, PartitionSpec(*spec))
 
 
 def require(condition: bool, message: str) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -32,6 +33,39 @@ class Full(Method):
 
     def weight(self, w: Array, p: Params) -> Array:
         return p.trainable.astype(w.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Follow(Method):
+    """Change a bias as a method changes the outputs of the weight before it: bias -> [bias] adapted, as one more row of
+    inputs. For methods that act on outputs alone and have no frozen parameters. PEFT's RoAd does this to biases.
+
+    No parameters of its own. Trained: nothing.
+
+    Attributes:
+      group: path of the weight, whose parameters it uses.
+      method: the weight's.
+      n_stack: how many leading axes of the leaf are stacked, as they are in the weight.
+    """
+
+    _: dataclasses.KW_ONLY
+    group: str
+    method: Method
+    n_stack: int = 0
+
+    whole_leaf = True
+
+    def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
+        return Params()
+
+    def count(self, site: Site) -> int:
+        return 0
+
+    def weight(self, w: Array, p: Params) -> Array:
+        fn = lambda row, own: self.method.weight(row, Params(trainable=own))
+        for _ in range(self.n_stack):
+            fn = jax.vmap(fn)
+        return fn(w.reshape(*w.shape[: self.n_stack], 1, -1), p.shared).reshape(w.shape).astype(w.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

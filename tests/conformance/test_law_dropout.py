@@ -45,10 +45,8 @@ def test_layers_and_uses_differ(row: Row) -> None:
         params, with_dropout(row).method, "w", axes={"w": jlora.Axes((1,), (2,), (0,))}, key=jax.random.key(0)
     )
     same = lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape)
-    adapted = adapted.replace(
-        trainable=jax.tree.map(same, moved(adapted.trainable)),
-        frozen={k: v if k == row.method.group else jax.tree.map(same, v) for k, v in adapted.frozen.items()},
-    )
+    each = lambda tree: {k: v if k == row.method.group else jax.tree.map(same, v) for k, v in tree.items()}
+    adapted = adapted.replace(trainable=each(moved(adapted.trainable)), frozen=each(adapted.frozen))
     x = normal(1, (16, 6))
 
     def scanned(params, x):

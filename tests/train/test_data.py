@@ -36,7 +36,7 @@ def test_bundled_shakespeare_holds_out_its_last_tenth():
     assert train.startswith("First Citizen:")
 
 
-ROWS = [{"prompt": f"p{i // 2}", "completion": f"c{i}, \"quoted\"", "text": f"t{i}"} for i in range(20)]
+ROWS = [{"prompt": f"p{i // 2}", "completion": f'c{i}, "quoted"', "text": f"t{i}"} for i in range(20)]
 
 
 def write(path, text):
@@ -168,9 +168,7 @@ def test_packed_sequences_have_the_losses_of_single_ones(stories, stories_logits
 
     def losses(packing):
         encoded = encode(examples, stories.tokenizer, 300, packing)
-        logp = jax.nn.log_softmax(
-            stories_logits(stories.params, encoded.ids, encoded.positions, encoded.segment_ids)
-        )
+        logp = jax.nn.log_softmax(stories_logits(stories.params, encoded.ids, encoded.positions, encoded.segment_ids))
         scores = np.asarray(jnp.take_along_axis(logp[:, :-1], encoded.ids[:, 1:, None], axis=-1))[..., 0]
         found = {}
         for row in range(len(encoded)):

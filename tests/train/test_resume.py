@@ -80,9 +80,7 @@ def test_killed_at_a_random_step_then_resumed_is_the_same(tiny_options, uninterr
     assert adapter_bytes(run) == adapter_bytes(uninterrupted), f"killed after step {step}"
 
 
-def test_truncated_newest_checkpoint_falls_back_and_says_so(
-    tiny_options, uninterrupted, tmp_path, monkeypatch, capsys
-):
+def test_truncated_newest_checkpoint_falls_back_and_says_so(tiny_options, uninterrupted, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     stop_at(monkeypatch, 8, signal.SIGTERM)
     assert main([*tiny_options, "--out", str(run)]) == 143

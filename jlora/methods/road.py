@@ -1,0 +1,118 @@
+r"""RoAd: the outputs of a weight are rotated in pairs, and scaled.
+
+3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and Composability. Liao and Monz, 2024.
+https://arxiv.org/abs/2409.00119
+
+.. math::  z = x W, \qquad y = c \odot z + s \odot \mathrm{half}(z),\quad c = \alpha \cos\theta,\; s = \alpha \sin\theta
+
+W [in, out] frozen. The outputs are cut into groups of g; in each, feature i of the first half and feature i of the
+second make a pair, and half maps the halves (z1, z2) to (-z2, z1). alpha and theta are trained; there are
+
+==========  ==========================  =========================================================
+variant     trained a matrix            theta and alpha
+==========  ==========================  =========================================================
+1           out                         [out / 2], one of each for a pair: a true rotation, scaled
+2           2 out                       [out], one of each for an output
+4           4 out                       [2 out], group by group: g for c, then g for s
+==========  ==========================  =========================================================
+
+* theta starts at 0 and alpha at 1, so the output starts as the base's.
+* It is elementwise on the result: no product, no temporary but the result's own. It merges into the weight.
+* The bias of the layer is no part of it: y + bias. The paper, and PEFT, rotate the bias with the product; ``Follow``
+  on the bias does that, and a PEFT file is read so.
+
+When to use it: very many adapters of a few kilobytes, and batches in which every row has its own.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jlora.methods.base import Method, Site, require
+from jlora.methods.oft import nearest_divisor
+from jlora.weight import Context, Dot, Params
+
+
+def half(z: Float[Array, "*t out"], group: int) -> Float[Array, "*t out"]:
+    """(z1, z2) -> (-z2, z1), the halves of every group."""
+    parts = z.reshape(*z.shape[:-1], z.shape[-1] // group, 2, group // 2)
+    return jnp.stack([-parts[..., 1, :], parts[..., 0, :]], axis=-2).reshape(z.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoAd(Method):
+    """2D rotary adaptation. The formula and shapes are at the top of this file.
+
+    Parameters of a leaf: trainable ``{"theta": [*stack, k], "alpha": [*stack, k]}``, k = out / 2, out or 2 out.
+
+    Attributes:
+      variant: 1, 2 or 4: how many outputs' worth of numbers.
+      group_size: g, even, which divides the outputs.
+    """
+
+    variant: int = 1
+    _: dataclasses.KW_ONLY
+    group_size: int = 64
+
+    sliceable = frozenset({"in"})  # a slice along `out` cuts pairs
+
+    def __post_init__(self):
+        require(self.variant in (1, 2, 4), f"RoAd(variant={self.variant!r}): 1, 2 or 4 is wanted.")
+        require(
+            isinstance(self.group_size, int) and self.group_size > 0 and self.group_size % 2 == 0,
+            f"RoAd(group_size={self.group_size!r}): a positive and even integer is wanted.",
+        )
+
+    def check(self, site: Site) -> str | None:
+        n_out = site.canonical_shape[2]
+        if n_out % 2:
+            return f"{n_out} outputs have no pairs; RoAd wants an even number"
+        if n_out % self.group_size:
+            nearest = 2 * nearest_divisor(n_out // 2, self.group_size // 2)
+            return f"group_size {self.group_size} does not divide {n_out} outputs; the nearest that does is {nearest}"
+        return None
+
+    def size(self, n_out: int) -> int:
+        """Of theta, and of alpha."""
+        return n_out * self.variant // 2
+
+    def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
+        size = self.size(w.shape[1])
+        return Params(trainable={"theta": jnp.zeros(size, dtype), "alpha": jnp.ones(size, dtype)})
+
+    def count(self, site: Site) -> int:
+        return site.stack * 2 * self.size(site.canonical_shape[2])
+
+    def dims(self, p: Params) -> Params:
+        return Params(trainable={"theta": "_", "alpha": "_"})
+
+    def gains(self, w: Float[Array, "in out"], p: Params) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
+        """c and s."""
+        theta, alpha = p.trainable["theta"], p.trainable["alpha"]
+        if self.variant == 1:
+            spread = lambda v: jnp.repeat(v.reshape(-1, 1, self.group_size // 2), 2, axis=1).reshape(-1)
+            theta, alpha = spread(theta), spread(alpha)
+        if self.variant < 4:
+            return alpha * jnp.cos(theta), alpha * jnp.sin(theta)
+        theta, alpha = theta.reshape(-1, 2, self.group_size), alpha.reshape(-1, 2, self.group_size)
+        gain = lambda i, fn: (alpha[:, i] * fn(theta[:, i])).reshape(-1)
+        return gain(0, jnp.cos), gain(1, jnp.sin)
+
+    def weight(self, w: Float[Array, "in out"], p: Params) -> Float[Array, "in out"]:
+        c, s = self.gains(w, p)
+        return w * c.astype(w.dtype) + half(w, self.group_size) * s.astype(w.dtype)
+
+    def forward(self, dot: Dot, x: Array, w: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
+        if dot.kind == "conv":
+            return super().forward(dot, x, w, p, ctx)
+        y, (c, s) = dot(x, w), dot.per_matrix(self.gains, w, p)
+        return dot.per_output(y, c) + dot.per_output(half(y, self.group_size), s), None
+
+    def forward_transposed(self, dot: Dot, x: Array, wt: Float[Array, "out in"], p: Params, ctx: Context) -> Array:
+        c, s = (gain.astype(x.dtype) for gain in self.gains(wt.T, p))
+        return dot(x * c - half(x * s, self.group_size), wt)
+
+    def describe(self) -> dict[str, str]:
+        return {"rank": f"pairs in {self.group_size}"}

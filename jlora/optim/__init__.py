@@ -1,0 +1,4 @@
+"""Optax transformations that know what low-rank factors are."""
+
+from jlora.optim.sora import gate_penalty as gate_penalty
+from jlora.optim.sora import soft_threshold as soft_threshold

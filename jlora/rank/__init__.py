@@ -1,0 +1,4 @@
+"""Choosing ranks: before, during and after training."""
+
+from jlora.rank.truncate import prune as prune
+from jlora.rank.truncate import truncate as truncate

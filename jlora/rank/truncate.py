@@ -1,0 +1,48 @@
+"""Smaller adapters out of trained ones, outside of jit: what is not wanted any more is dropped."""
+
+from collections.abc import Callable
+
+from jlora.adapt import Adapted
+from jlora.methods.base import Method, Site
+from jlora.methods.lora import LoRA
+from jlora.methods.nested import Nested
+from jlora.methods.sora import SoRA
+from jlora.weight import Params
+
+
+def truncate(adapted: Adapted, rank: int) -> Adapted:
+    """Nested adapters (``DyLoRA``, ``MatryoshkaLoRA``) as plain LoRA of a rank that was chosen after training.
+
+    The result runs, merges and is saved as any LoRA, and is what ``bind(context={"rank": rank})`` computes. Leaves with
+    other methods stay as they are.
+    """
+    return _each(adapted, Nested, lambda method, p: method.truncated(p, rank), "truncate", "DyLoRA or MatryoshkaLoRA")
+
+
+def prune(adapted: Adapted) -> Adapted:
+    """``SoRA`` adapters as plain LoRA of the ranks whose gate is not zero, exactly. A leaf without any is not adapted
+    any more. Leaves with other methods stay as they are."""
+    return _each(adapted, SoRA, lambda method, p: method.pruned(p), "prune", "SoRA")
+
+
+def _each(
+    adapted: Adapted,
+    kind: type[Method],
+    smaller: Callable[[Method, Params], tuple[LoRA, Params] | None],
+    verb: str,
+    names: str,
+) -> Adapted:
+    trainable, frozen, sites, found = dict(adapted.trainable), dict(adapted.frozen), {}, False
+    for path, site in adapted.sites.items():
+        if not isinstance(site.method, kind):
+            sites[path] = site
+            continue
+        found = True
+        result = smaller(site.method, Params(trainable.pop(path), frozen.pop(path, None)))
+        if result is not None:
+            method, p = result
+            trainable[path] = p.trainable
+            sites[path] = Site(method, site.axes, site.shape)
+    if not found:
+        raise ValueError(f"There is nothing to {verb}: no leaf is adapted by {names}.")
+    return adapted.replace(trainable=trainable, frozen=frozen, _sites=tuple(sites.items()))
