@@ -23,11 +23,6 @@ def sub_jaxpr(invars, outvars, eqns) -> jex.ClosedJaxpr:
     return jex.ClosedJaxpr(jex.Jaxpr((), invars, outvars, eqns, effects, info), ())
 
 
-def typeof(x: Any) -> Any:
-    """The abstract value of an array or tracer: shape, dtype, and in explicit mode its sharding."""
-    return jax.typeof(x)
-
-
 def manual_axes(params: dict[str, Any]) -> frozenset:
     """The mesh axes that a shard_map equation makes manual."""
     return frozenset(params["newly_manual_axes"] if "newly_manual_axes" in params else params["manual_axes"])

@@ -62,7 +62,7 @@ class Adapted:
         Returns:
           A tree of the base's structure. Nothing in it is trained but ``trainable``: the base carries no gradient.
         """
-        trainable = self.trainable if trainable is None else trainable
+        bound = self if trainable is None else self.replace(trainable=trainable)
         context = dict(context or {})
         key = context.pop("key", None)
         sites = self.sites
@@ -73,21 +73,25 @@ class Adapted:
             if site is None:
                 out.append(leaf)
                 continue
-            own = Params(trainable[path], self.frozen.get(path))
-            method = site.method
-            shared = None
-            if method.group is not None:
-                shared = {**trainable.get(method.group, {}), **self.frozen.get(method.group, {})}
+            p, method = bound.params_of(path, site), site.method
             if method.whole_leaf:
-                out.append(method.weight(leaf, own._replace(shared=shared)))
+                out.append(method.weight(leaf, p))
                 continue
             keys = None
             if key is not None and method.dropout > 0.0:
                 keys = _stack_keys(paths.fold_path(key, path), site.canonical_shape[0])
             labels = site.axes.labels(site.shape)
             values = context | {"key": key} if key is not None and method.model_key else context
-            out.append(AdaptedWeight(leaf, own, shared, keys, values or None, method, labels, path))
+            own = p._replace(shared=None)
+            out.append(AdaptedWeight(leaf, own, p.shared, keys, values or None, method, labels, path))
         return jax.tree.unflatten(treedef, out)
+
+    def params_of(self, path: str, site: Site) -> Params:
+        """What the method of a leaf sees: the leaf's own parameters, and its group's."""
+        group, shared = site.method.group, None
+        if group is not None:
+            shared = {**self.trainable.get(group, {}), **self.frozen.get(group, {})}
+        return Params(self.trainable[path], self.frozen.get(path), shared)
 
     def __repr__(self) -> str:
         trained = sum(leaf.size for leaf in jax.tree.leaves(self.trainable))

@@ -47,22 +47,19 @@ def _merged(adapted: Adapted, path: str, leaf: Any, site: Site, allow_tied_chang
             " Untie them first (a head with a leaf of its own), keep the adapter unmerged, or accept the change with "
             "merge(adapted, allow_tied_change=True)."
         )
-    own = Params(adapted.trainable[path], adapted.frozen.get(path))
-    shared = None
-    if method.group is not None:
-        shared = {**adapted.trainable.get(method.group, {}), **adapted.frozen.get(method.group, {})}
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaf, own, shared)))
+    p = adapted.params_of(path, site)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((leaf, p)))
     if traced or not isinstance(leaf, jax.Array):
-        return _effective(leaf, own, shared, site=site)
-    return jax.jit(_effective, static_argnames="site", out_shardings=leaf.sharding)(leaf, own, shared, site=site)
+        return _effective(leaf, p, site=site)
+    return jax.jit(_effective, static_argnames="site", out_shardings=leaf.sharding)(leaf, p, site=site)
 
 
-def _effective(leaf: jax.Array, own: Params, shared: Any, *, site: Site) -> jax.Array:
+def _effective(leaf: jax.Array, p: Params, *, site: Site) -> jax.Array:
     wide = jnp.promote_types(leaf.dtype, jnp.float32)
     if site.method.whole_leaf:
-        return site.method.weight(leaf.astype(wide), own._replace(shared=shared)).astype(leaf.dtype)
-    one = lambda w, own: site.method.weight(w, own._replace(shared=shared))
+        return site.method.weight(leaf.astype(wide), p).astype(leaf.dtype)
+    one = lambda w, own: site.method.weight(w, own._replace(shared=p.shared))
     for _ in site.canonical_shape[0]:
         one = jax.vmap(one)
-    w = one(site.axes.to_canonical(leaf).astype(wide), own)
+    w = one(site.axes.to_canonical(leaf).astype(wide), p._replace(shared=None))
     return site.axes.from_canonical(w, leaf.shape).astype(leaf.dtype)
