@@ -4,6 +4,7 @@ A new method adds a row here, and nothing else.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora import paths
 from jlora.methods import Method
+from jlora.weight import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,8 @@ class Row:
       padding: entries of the trainable arrays that are always zero, and not in the count.
       starts_as_base: the output starts as the base's. The methods that do not, by design, say so in their file.
       draws: a key changes its output without dropout, too: the laws of dropout are not its own.
+      reference: of a method that does not merge, ``(x, w, p) -> y``: the formula written plainly for one matrix. The
+        laws compare with it where they compare others with the merged model.
       variant: it differs from the row above in its start or in a number only; the laws that cost most (every way of
         using a weight, meshes) are not repeated for it.
     """
@@ -39,6 +44,7 @@ class Row:
     variant: bool = False
     starts_as_base: bool = True
     draws: bool = False
+    reference: Callable[[jax.Array, jax.Array, Params], jax.Array] | None = None
 
 
 # The model's matrices: first 8 x 16, three layers 16 x 16, last 16 x 8.
@@ -113,6 +119,8 @@ ROWS = (
 )
 FORMS = tuple(row for row in ROWS if not row.variant)
 PRODUCTS = tuple(row for row in ROWS if not row.method.whole_leaf)  # the methods that lift has to carry
+MERGEABLE = tuple(row for row in ROWS if row.method.mergeable)
+REFERENCES = {row.method: row.reference for row in ROWS if not row.method.mergeable}
 DROPOUT = tuple(
     row for row in PRODUCTS if "dropout" in {field.name for field in dataclasses.fields(row.method)} and not row.draws
 )
@@ -120,6 +128,7 @@ DROPOUT = tuple(
 over_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 over_forms = pytest.mark.parametrize("row", FORMS, ids=lambda row: row.name)
 over_products = pytest.mark.parametrize("row", PRODUCTS, ids=lambda row: row.name)
+over_mergeable = pytest.mark.parametrize("row", MERGEABLE, ids=lambda row: row.name)
 over_dropout = pytest.mark.parametrize("row", DROPOUT, ids=lambda row: row.name)
 
 
@@ -166,6 +175,45 @@ def moved(tree: Any, seed: int = 10, size: float = 0.2) -> Any:
     return jax.tree.unflatten(
         treedef, [leaf + size * normal(seed + i, leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
     )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What stands in the plain model's tree for a weight whose method does not merge: ``x @ w`` is the formula."""
+
+    w: Any
+    p: Params
+    formula: Callable = dataclasses.field(metadata=dict(static=True))
+
+    def __rmatmul__(self, x: jax.Array) -> jax.Array:
+        return self.formula(x, self.w, self.p)
+
+    def __getitem__(self, index: Any) -> "Written":
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+
+def effective(adapted: jlora.Adapted) -> Any:
+    """The tree that makes the plain model compute what the adapted one should: merged where the methods merge."""
+    if all(site.method.mergeable for site in adapted.sites.values()):
+        return jlora.merge(adapted)
+    leaves, treedef = paths.flatten(adapted.base)
+    out = []
+    for path, leaf in leaves:
+        site = adapted.sites.get(path)
+        if site is not None:
+            p = adapted.params_of(path, site)
+            everywhere = lambda x, stack=site.canonical_shape[0]: jnp.broadcast_to(x, stack + x.shape)
+            p = p._replace(
+                shared=jax.tree.map(everywhere, p.shared)
+            )  # a scan of the plain model slices all it is given
+            leaf = Written(site.axes.to_canonical(leaf), p, REFERENCES[site.method])
+        out.append(leaf)
+    return jax.tree.unflatten(treedef, out)
 
 
 def assert_close(got: Any, wanted: Any, tolerance: float = 1e-10) -> None:

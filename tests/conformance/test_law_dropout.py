@@ -34,7 +34,8 @@ def test_on_exactly_with_a_key(row: Row) -> None:
     first, again, second = run(adapted, context(0)), run(adapted, context(0)), run(adapted, context(1))
     assert_close(first, again, 0.0)
     assert np.abs(first - off).max() > 1e-3 and np.abs(first - second).max() > 1e-3
-    assert_close(jlora.merge(adapted.replace(trainable=trainable)), jlora.merge(quiet.replace(trainable=trainable)))
+    if row.method.mergeable:
+        assert_close(jlora.merge(adapted.replace(trainable=trainable)), jlora.merge(quiet.replace(trainable=trainable)))
 
 
 @over_dropout

@@ -7,7 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import ROWS, Row, adapt_model, assert_close, inputs, model, model_params, moved, over_products, over_rows
+from registry import (
+    ROWS,
+    Row,
+    adapt_model,
+    assert_close,
+    effective,
+    inputs,
+    model,
+    model_params,
+    moved,
+    over_products,
+    over_rows,
+)
 
 import jlora
 
@@ -16,14 +28,14 @@ lifted = jlora.lift(model, on_materialize="error")
 
 @pytest.fixture(scope="module")
 def case():
-    """(adapted, moved trainable, its merged tree), made once a row."""
+    """(adapted and moved, the plain model's tree that it equals), made once a row."""
 
     @functools.cache
     def case(name: str):
         row = next(row for row in ROWS if row.name == name)
         adapted = adapt_model(row)
         adapted = adapted.replace(trainable=moved(adapted.trainable))
-        return adapted, jlora.merge(adapted)
+        return adapted, effective(adapted)
 
     return case
 
@@ -35,7 +47,7 @@ def merged_outputs(merged, x):
 
 @jax.jit
 def merged_gradients(adapted, trainable, x):
-    loss = lambda trainable, x: jnp.sum(jnp.sin(model(jlora.merge(adapted.replace(trainable=trainable)), x)))
+    loss = lambda trainable, x: jnp.sum(jnp.sin(model(effective(adapted.replace(trainable=trainable)), x)))
     return jax.grad(loss, (0, 1))(trainable, x)
 
 
@@ -77,7 +89,7 @@ def test_vmap_over_an_ensemble(row: Row, case) -> None:
     other = moved(adapted.trainable, seed=50)
     both = jax.tree.map(lambda *leaves: jnp.stack(leaves), adapted.trainable, other)
     got = jax.vmap(lambda trainable: lifted(adapted.bind(trainable), inputs()))(both)
-    merged_other = jlora.merge(adapted.replace(trainable=other))
+    merged_other = effective(adapted.replace(trainable=other))
     assert_close(got, jnp.stack([merged_outputs(merged, inputs()), merged_outputs(merged_other, inputs())]))
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import ROWS, Row, assert_close, moved, normal
+from registry import ROWS, Row, assert_close, effective, moved, normal
 from uses import USES, Use
 
 import jlora
@@ -20,6 +20,9 @@ KINDS = frozenset(
     "linear transposed heads_merged conv conv_grouped lookup_and_tied_head experts ragged scan "
     "sliced_out sliced_in".split()
 )
+WRITTEN_PLAINLY = frozenset(
+    "linear linear_of_a_vector loop scan fori_loop some_layers remat jit cond custom_vjp".split()
+)
 EACH_FORM = frozenset("lora lora_ranks dora vera loha oft".split())
 
 
@@ -30,6 +33,8 @@ def pairs() -> Iterator:
                 continue
             if not row.method.whole_leaf and row.method.check(Site(row.method, use.axes, use.shape)):
                 continue  # sizes that the method refuses, with a reason
+            if not row.method.mergeable and name not in PLAIN_PRODUCTS:
+                continue
             if row.variant or row.method.whole_leaf:  # what differs is not what lift sees: one use of each kind
                 if name not in ("linear", "scan", "lookup_and_tied_head", "conv"):
                     continue
@@ -62,7 +67,7 @@ def test_lifted_is_merged(row: Row, use: Use) -> None:
         return (
             (plain(adapted.base, *args), lifted(adapted.bind(), *args)),
             with_gradients(lambda trainable, *args: lifted(adapted.bind(trainable), *args)),
-            with_gradients(lambda trainable, *args: plain(jlora.merge(adapted.replace(trainable=trainable)), *args)),
+            with_gradients(lambda trainable, *args: plain(effective(adapted.replace(trainable=trainable)), *args)),
         )
 
     expected = pytest.warns(jlora.MaterializeWarning) if sliced_otherwise else contextlib.nullcontext()
