@@ -125,11 +125,24 @@ DROPOUT = tuple(
     row for row in PRODUCTS if "dropout" in {field.name for field in dataclasses.fields(row.method)} and not row.draws
 )
 
+# One method of each form. Laws about what lift and the mechanism do, whatever the method, are tried in full on these;
+# on the others in part, and in full in the slow suite (`pytest -m slow tests/conformance`).
+EACH_FORM = frozenset("lora lora_ranks dora vera loha oft".split())
+
+
+def rest_slow(rows: tuple[Row, ...], keep: Callable[[Row], bool]) -> list:
+    """Parameters of a test that only some rows need to run every time."""
+    mark = lambda row: [] if row.name in EACH_FORM or keep(row) else [pytest.mark.slow]
+    return [pytest.param(row, id=row.name, marks=mark(row)) for row in rows]
+
+
 over_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-over_forms = pytest.mark.parametrize("row", FORMS, ids=lambda row: row.name)
 over_products = pytest.mark.parametrize("row", PRODUCTS, ids=lambda row: row.name)
 over_mergeable = pytest.mark.parametrize("row", MERGEABLE, ids=lambda row: row.name)
 over_dropout = pytest.mark.parametrize("row", DROPOUT, ids=lambda row: row.name)
+over_own_dropout = pytest.mark.parametrize(
+    "row", rest_slow(DROPOUT, lambda row: type(row.method).forward is not Method.forward)
+)
 
 
 def model(params: dict, x: jax.Array, remat: bool = False) -> jax.Array:

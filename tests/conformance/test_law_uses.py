@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from registry import ROWS, Row, assert_close, effective, moved, normal
+from registry import EACH_FORM, ROWS, Row, assert_close, effective, moved, normal
 from uses import USES, Use
 
 import jlora
@@ -20,10 +20,8 @@ KINDS = frozenset(
     "linear transposed heads_merged conv conv_grouped lookup_and_tied_head experts ragged scan "
     "sliced_out sliced_in".split()
 )
-WRITTEN_PLAINLY = frozenset(
-    "linear linear_of_a_vector loop scan fori_loop some_layers remat jit cond custom_vjp".split()
-)
-EACH_FORM = frozenset("lora lora_ranks dora vera loha oft".split())
+# The uses that multiply by ``x @ w``: the laws of a method that does not merge compare with its formula there.
+PLAIN_PRODUCTS = frozenset("linear loop scan fori_loop some_layers remat jit cond custom_vjp".split())
 
 
 def pairs() -> Iterator:
