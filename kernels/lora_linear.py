@@ -187,8 +187,8 @@ class Pieces:
 
     def _dot_general(self, lhs, rhs, lhs_axes, rhs_axes, sharding=None):
         return lax.dot_general(
-            lhs.astype(self.compute),
-            rhs.astype(self.compute),
+            lax.convert_element_type(lhs, self.compute),
+            lax.convert_element_type(rhs, self.compute),
             ((lhs_axes, rhs_axes), ((), ())),
             precision=self.precision,
             preferred_element_type=self.accumulate,

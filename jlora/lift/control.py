@@ -83,7 +83,7 @@ class _Sliced:
         if len(label) != 1 or label[0].group not in (STACK, "axis"):
             return cls(run.materialize(w, f"{where} along an axis that is not stacked"), lambda x: x)
         at = w.group(STACK).index(label[0]) if label[0].group == STACK else 0
-        move = lambda leaf: jax.numpy.moveaxis(leaf, at, 0)
+        move = lambda leaf: jax.numpy.moveaxis(leaf, at, 0) if at else leaf
         arrays = w.base, jax.tree.map(move, w.own), jax.tree.map(move, w.keys)
 
         def rebuild(x: Any) -> AdaptedWeight:

@@ -5,7 +5,8 @@ equations, each a primitive applied to variables. ``lift(f)`` traces ``f`` with 
 places, then walks the equations and computes them again, this time with the adapted weights themselves in the
 environment. Three things can happen at an equation:
 
-1. No operand is adapted: JAX evaluates it. Neighbouring equations of this kind are handed over together.
+1. No operand is adapted: JAX evaluates it. Neighbouring equations of this kind are handed over together, and a run of
+   them that has been seen before (the next layer of an unrolled model) as one call of a jitted function.
 2. An operand is adapted and there is a rule for the primitive (``layout.py``, ``products.py``, ``control.py``): the
    rule carries the weight along, consumes it in a product through its method, or enters a loop's body with it.
 3. There is no rule, or the rule does not apply: the effective weight is formed, once, and said so.
@@ -17,11 +18,12 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import numpy as np
 
 from jlora import _compat
 from jlora.weight import IN, AdaptedWeight, Context
@@ -59,6 +61,8 @@ class Run:
       repeat: how often the equations run that are being evaluated (the lengths of the scans around them).
       seen: (path, primitive) of materializations already reported, shared by all runs of one trace.
       uses: path -> number of uses so far; gives every use of one weight its own random key.
+      calls: what two equal runs of equations have in common -> the function that evaluates them, None at the first.
+        Shared by all runs of one trace.
     """
 
     on_materialize: str = "warn"
@@ -69,6 +73,7 @@ class Run:
     repeat: int = 1
     seen: set = dataclasses.field(default_factory=set)
     uses: dict[str, int] = dataclasses.field(default_factory=dict)
+    calls: dict[Hashable, Callable | None] = dataclasses.field(default_factory=dict)
 
     def inner(self, repeat: int = 1) -> "Run":
         """The run of a loop's body: same options, its own reports."""
@@ -153,7 +158,7 @@ def evaluate(run: Run, jaxpr: jex.ClosedJaxpr, args: Sequence[Any]) -> list:
         made = {v for eqn in pending for v in eqn.outvars}
         needs = list(dict.fromkeys(v for eqn in pending for v in eqn.invars if is_var(v) and v not in made))
         keeps = [v for eqn in pending for v in eqn.outvars if last_use.get(v, -1) >= now]
-        fn = jex.jaxpr_as_fun(_compat.sub_jaxpr(needs, keeps, pending))
+        fn = _evaluator(run, needs, keeps, pending)
         env.update(zip(keeps, fn(*map(read, needs)), strict=True))
         pending.clear()
 
@@ -165,6 +170,38 @@ def evaluate(run: Run, jaxpr: jex.ClosedJaxpr, args: Sequence[Any]) -> list:
         env.update(zip(eqn.outvars, step(run, eqn, list(map(read, eqn.invars))), strict=True))
     flush(len(jaxpr.eqns))
     return list(map(read, jaxpr.outvars))
+
+
+def _evaluator(run: Run, invars: list, outvars: list, eqns: list) -> Callable:
+    """A function that evaluates equations without adapted operands. A run of them that comes again is jitted: the
+    layers of an unrolled model are then traced, differentiated and lowered once."""
+    fn = jex.jaxpr_as_fun(_compat.sub_jaxpr(invars, outvars, eqns))
+    key = _structure(invars, outvars, eqns) if len(eqns) > 2 else None
+    if key is None or key not in run.calls:
+        run.calls[key] = None
+        return fn
+    run.calls[key] = run.calls[key] or jax.jit(fn)
+    return run.calls[key]
+
+
+def _structure(invars: list, outvars: list, eqns: list) -> Hashable | None:
+    """Equal for equations that compute the same of the same types. None where that cannot be told, or where they do
+    more than compute."""
+    numbers: dict[Any, int] = {}
+
+    def number(v: Any) -> Hashable:
+        return (
+            (np.asarray(v.val).tobytes(), v.aval) if isinstance(v, jex.Literal) else numbers.setdefault(v, len(numbers))
+        )
+
+    key = [tuple((number(v), v.aval) for v in invars)]
+    for eqn in eqns:
+        if eqn.effects:
+            return None
+        key.append((eqn.primitive, eqn.ctx, tuple(map(number, eqn.invars)), tuple(eqn.params.items())))
+        key.append(tuple((number(v), v.aval) for v in eqn.outvars))
+    key.append(tuple(map(number, outvars)))
+    return tuple(key) if _hashable(tuple(key)) else None
 
 
 def step(run: Run, eqn: Any, values: list) -> list:

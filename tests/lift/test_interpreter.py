@@ -104,6 +104,25 @@ def test_one_trace_for_each_shape_and_static_argument():
         lifted(adapted.bind(), X, power=1, name=bytearray(b"x"))
 
 
+def test_equal_layers_of_an_unrolled_model_share_what_is_between_the_products():
+    """And only equal ones: a constant or an option that differs is a layer of its own."""
+
+    def fn(params, x, constants):
+        for constant in constants:
+            x = jnp.tanh(x @ params["w"]) * constant
+            x = jax.lax.cumsum(x / (1.0 + jnp.abs(x)), axis=0, reverse=constant < 0)
+        return x
+
+    adapted = adapted_with_noise({"w": W}, jlora.LoRA(2))
+    merged = jlora.merge(adapted)
+    for constants in ((2.0, 2.0, 3.0, 2.0, 3.0, -1.0, -1.0), (2.0,) * 8):
+        lifted = jlora.lift(lambda params, x, constants=constants: fn(params, x, constants), on_materialize="error")
+        np.testing.assert_allclose(lifted(adapted.bind(), X), fn(merged, X, constants), rtol=1e-5, atol=1e-5)
+    jaxpr = jax.make_jaxpr(lambda params, x: lifted(params, x))(adapted.bind(), X)
+    names = [eqn.primitive.name for eqn in jaxpr.jaxpr.eqns]
+    assert names.count("cumsum") <= 2 and len(names) < 8 * 3
+
+
 def test_forward_mode_with_the_plain_implementation():
     adapted = adapted_with_noise({"w": W}, jlora.DoRA(2))
     lifted = jlora.lift(lambda p, x: jnp.sin(x @ p["w"]), implementation="plain")
