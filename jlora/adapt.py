@@ -15,6 +15,7 @@ from jlora import paths
 from jlora.lift.usage import usage as trace_usage
 from jlora.methods.base import Method, Site
 from jlora.paths import Pattern
+from jlora.storage import dense, is_abstract, is_stored, one_by_one
 from jlora.weight import AdaptedWeight, Axes, Params
 
 ALL_LINEAR = "all-linear"
@@ -32,7 +33,7 @@ class Adapted:
     """A parameter tree and its adapters. A pytree: it can be jitted over, donated, sharded, checkpointed.
 
     Attributes:
-      base: the user's tree as it was given, the same buffers. Frozen.
+      base: the user's tree as it was given, the same buffers. Frozen. It may hold quantized weights (``jlora.quant``).
       trainable: ``{path: the method's trainable parameters}``, and an entry for each group of shared ones.
       frozen: the methods' buffers, same keys.
     """
@@ -75,14 +76,14 @@ class Adapted:
                 continue
             p, method = bound.params_of(path, site), site.method
             if method.whole_leaf:
-                out.append(method.weight(leaf, p))
+                out.append(method.weight(dense(leaf), p))
                 continue
             keys = None
-            if key is not None and method.dropout > 0.0:
+            if key is not None and (method.dropout > 0.0 or method.draws):
                 keys = _stack_keys(paths.fold_path(key, path), site.canonical_shape[0])
             labels = site.axes.labels(site.shape)
             values = context | {"key": key} if key is not None and method.model_key else context
-            own = p._replace(shared=None)
+            own, values = method.enter(path, site, p._replace(shared=None), values)
             out.append(AdaptedWeight(leaf, own, p.shared, keys, values or None, method, labels, path))
         return jax.tree.unflatten(treedef, out)
 
@@ -91,6 +92,9 @@ class Adapted:
         group, shared = site.method.group, None
         if group is not None:
             shared = {**self.trainable.get(group, {}), **self.frozen.get(group, {})}
+        if site.method.follows_weight and group in self.sites:
+            weight = dense(dict(paths.flatten(self.base)[0])[group])
+            shared["weight"] = self.sites[group].axes.to_canonical(weight)
         return Params(self.trainable[path], self.frozen.get(path), shared)
 
     def __repr__(self) -> str:
@@ -139,6 +143,33 @@ def adapt(
       ValueError: a rule that matches nothing, a rank that a leaf's shape does not allow, a leaf whose axes cannot be
         known. The message names the leaf, its shape, the rule and what to do.
     """
+    sites = plan(
+        params,
+        methods,
+        targets,
+        exclude=exclude,
+        fn=fn,
+        args=args,
+        usage=usage,
+        axes=axes,
+        allow_unmatched=allow_unmatched,
+    )
+    return build(params, sites, key=key, param_dtype=param_dtype)
+
+
+def plan(
+    params: PyTree,
+    methods: Method | Mapping[Pattern, Method] | Sequence[tuple[Pattern, Method]],
+    targets: Pattern | Sequence[Pattern] | None = None,
+    *,
+    exclude: Pattern | Sequence[Pattern] = (),
+    fn: Callable | None = None,
+    args: Sequence[Any] = (),
+    usage: Mapping[str, Any] | None = None,
+    axes: Mapping[Pattern, Axes] | None = None,
+    allow_unmatched: bool = False,
+) -> dict[str, Site]:
+    """What ``adapt`` of the same arguments adapts: rules and axes settled, and nothing made."""
     leaves, _ = paths.flatten(params)
     if fn is not None and usage is None:
         usage = trace_usage(fn, params, *args)
@@ -148,7 +179,6 @@ def adapt(
     chosen: dict[str, Site] = {}
     hits = [0] * len(rules)
     passed: list[list[str]] = [[] for _ in rules]  # matched, but not by a method for it
-    arrays = dict(leaves)
     for path, leaf in leaves:
         if not hasattr(leaf, "shape") or any(paths.matches(p, path, leaf) for p in exclude):
             continue
@@ -168,7 +198,7 @@ def adapt(
         for pattern, _ in find.explicit:
             if not any(paths.matches(pattern, path, leaf) for path, leaf in leaves):
                 raise ValueError(f"axes: {paths.describe(pattern)} matches no leaf.")
-    return build(params, chosen, key=key, param_dtype=param_dtype, arrays=arrays)
+    return chosen
 
 
 def build(
@@ -188,39 +218,48 @@ def build(
     trainable, frozen = {}, {}
     groups: dict[str, dict[str, Site]] = {}
     for path, site in sites.items():
-        leaf = arrays[path]
-        dtype = jnp.promote_types(leaf.dtype, jnp.float32) if param_dtype is None else jnp.dtype(param_dtype)
-        init = functools.partial(_starter(leaf, site), site=site, dtype=dtype)
-        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
-        own = jax.eval_shape(init, key, leaf) if abstract else init(paths.fold_path(key, path), leaf)
-        trainable[path] = own.trainable
-        if own.frozen is not None:
-            frozen[path] = own.frozen
         if site.method.group is not None and not (site.method.whole_leaf and site.method.group in sites):
             groups.setdefault(site.method.group, {})[path] = site
+    of_members: dict[str, dict[str, jax.Array]] = {}
     for group, members in groups.items():
         of = {site.method for site in members.values()}
         if len(of) > 1:
             raise ValueError(
                 f"The group {group!r} is shared by different methods, {sorted(map(repr, of))}: give them two names."
             )
-        if group in trainable or group in frozen:
+        if group in sites:
             raise ValueError(f"The group {group!r} has the name of a leaf: give it another.")
         wide = functools.reduce(jnp.promote_types, (arrays[path].dtype for path in members), jnp.float32)
-        abstract = any(isinstance(arrays[path], jax.ShapeDtypeStruct) for path in members)
+        abstract = any(is_abstract(arrays[path]) for path in members)
+        (method,) = of
         of_all = functools.partial(
             _init_group,
-            method=of.pop(),
+            method=method,
             sites=tuple(members.items()),
             dtype=wide if param_dtype is None else jnp.dtype(param_dtype),
         )
-        made, each = jax.eval_shape(of_all, key) if abstract else of_all(paths.fold_path(key, group))
-        made, each = (made, each) if abstract else _place_group(made, each, members, arrays)
+        weights = {path: arrays[path] for path in members} if method.needs_weights else None
+        if abstract:
+            made, each = jax.eval_shape(of_all, key, weights)
+        else:
+            made, each = of_all(paths.fold_path(key, group), weights)
+            made, each = _place_group(made, each, members, arrays)
         for tree, part in ((trainable, made.trainable), (frozen, made.frozen)):
             if part is not None:
                 tree[group] = part
-        for path, part in each.items():
-            frozen[path] = frozen.get(path, {}) | part
+        of_members |= each
+    for path, site in sites.items():
+        leaf, group = arrays[path], site.method.group
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32) if param_dtype is None else jnp.dtype(param_dtype)
+        shared = trainable.get(group, {}) | frozen.get(group, {}) if site.method.needs_weights else None
+        init = functools.partial(_starter(leaf, site, shared), site=site, dtype=dtype)
+        abstract = is_abstract((leaf, shared))
+        own = jax.eval_shape(init, key, leaf, shared) if abstract else init(paths.fold_path(key, path), leaf, shared)
+        trainable[path] = own.trainable
+        if own.frozen is not None:
+            frozen[path] = own.frozen
+        if path in of_members:
+            frozen[path] = frozen.get(path, {}) | of_members[path]
     return Adapted(params, trainable, frozen, tuple(sites.items()))
 
 
@@ -241,12 +280,12 @@ def _placement(leaf: Any, site: Site) -> Callable[[str], NamedSharding] | None:
     return lambda dims: NamedSharding(mesh, PartitionSpec(*head, *(entry.get(dim) for dim in dims.split())))
 
 
-def _starter(leaf: Any, site: Site) -> Callable:
+def _starter(leaf: Any, site: Site, shared: Any) -> Callable:
     """The compiled ``_init`` of a leaf, its results placed as ``_placement`` says."""
     place = _placement(leaf, site)
     if place is None:
         return _compiled_init(None)
-    own = jax.eval_shape(functools.partial(_init, site=site, dtype=jnp.float32), jax.random.key(0), leaf)
+    own = jax.eval_shape(functools.partial(_init, site=site, dtype=jnp.float32), jax.random.key(0), leaf, shared)
     dims = site.method.dims(own)._replace(shared=None)
     leaves, treedef = jax.tree.flatten(jax.tree.map(place, dims))
     return _compiled_init(tuple(leaves), treedef)
@@ -258,26 +297,33 @@ def _compiled_init(shardings: Any, treedef: Any = None) -> Callable:
     return jax.jit(_init, static_argnames=("site", "dtype"), out_shardings=shardings)
 
 
-def _init(key: jax.Array, leaf: jax.Array, *, site: Site, dtype: Any) -> Params:
-    """A method's start for every matrix of a leaf."""
+def _init(key: jax.Array, leaf: jax.Array, shared: Any, *, site: Site, dtype: Any) -> Params:
+    """A method's start for every matrix of a leaf. Those of a quantized leaf are formed one after another."""
     if site.method.whole_leaf:
-        return site.method.init(key, leaf, site, dtype)
-    one = lambda key, w: site.method.init(key, w, site, dtype)
+        return site.method.init(key, dense(leaf), site, dtype)
+    given = {"shared": shared} if site.method.needs_weights else {}
+    one = lambda key, w: site.method.init(key, w, site, dtype, **given)
     stack = site.canonical_shape[0]
-    for _ in stack:
-        one = jax.vmap(one)
-    own = one(_stack_keys(key, stack), site.axes.to_canonical(leaf))
+    keys = _stack_keys(key, stack)
+    if is_stored(leaf):
+        own = one_by_one(lambda each: one(each[0], each[1].matrix()), stack)((keys, leaf))
+    else:
+        for _ in stack:
+            one = jax.vmap(one)
+        own = one(keys, site.axes.to_canonical(leaf))
     assert own.shared is None
     return site.method.init_stack(own, site, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "sites", "dtype"))
 def _init_group(
-    key: jax.Array, *, method: Method, sites: tuple[tuple[str, Site], ...], dtype: Any
+    key: jax.Array, weights: dict[str, Any] | None, *, method: Method, sites: tuple[tuple[str, Site], ...], dtype: Any
 ) -> tuple[Params, dict[str, dict[str, jax.Array]]]:
     """What a group shares, and what its leaves hold of their own because of it."""
-    members = dict(sites)
-    return method.init_shared(key, members, dtype), method.init_members(key, members, dtype)
+    members, given = dict(sites), {}
+    if weights is not None:
+        given["weights"] = {path: members[path].axes.to_canonical(leaf) for path, leaf in weights.items()}
+    return method.init_shared(key, members, dtype, **given), method.init_members(key, members, dtype)
 
 
 def _place_group(
@@ -331,9 +377,14 @@ class _AxesFinder:
         self.usage, self.explicit = usage, list(axes.items())
 
     def given(self, path: str, leaf: Any) -> Axes | None:
+        own = leaf.axes if is_stored(leaf) else None
         for pattern, axes in self.explicit:
             if paths.matches(pattern, path, leaf):
+                if own not in (None, axes):
+                    raise ValueError(f"axes[{paths.describe(pattern)}]: {path!r} was quantized with {own}, not {axes}.")
                 return axes
+        if own is not None:
+            return own
         if self.usage is not None and path in self.usage:
             return self.usage[path].axes
         return None

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jlora.storage import is_stored
+
 Pattern = str | re.Pattern | Callable[[str, Any], bool]
 
 
@@ -29,8 +31,9 @@ def path_of(keys: tuple) -> str:
 
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[tuple[str, Any]], Any]:
-    """Leaves of a tree with their paths, and its structure."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    """Leaves of a tree with their paths, and its structure. A quantized weight is one leaf."""
+    stops = is_stored if is_leaf is None else lambda x: is_stored(x) or is_leaf(x)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=stops)
     named = [(path_of(keys), leaf) for keys, leaf in leaves]
     if len({path for path, _ in named}) != len(named):
         seen: set[str] = set()

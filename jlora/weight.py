@@ -3,7 +3,8 @@
 An ``AdaptedWeight`` is what ``Adapted.bind`` lays into the parameter tree and what ``lift`` carries from there to the
 product that uses it. It has three parts:
 
-* ``base``: the weight itself, in whatever layout the model's code has brought it to by now;
+* ``base``: the weight itself, in whatever layout the model's code has brought it to by now; or what is stored of it
+  (``jlora.storage``), canonical like the parameters, and the labels alone say what the layout is;
 * ``labels``: what each of its current axes stands for. An axis is a tuple of atoms; an atom is a (piece of an) axis of
   the original weight and belongs to a group: ``stack`` (layers, experts), ``in`` (contracted) or ``out``;
 * ``own``, ``shared``: the method's parameters, always in canonical form: stack axes first, the in group flattened in
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jlora.factors import Factors
+from jlora.storage import Cast, Cut, Stored, Take, is_stored
 
 STACK, IN, OUT = "stack", "in", "out"
 
@@ -68,8 +70,10 @@ class Axes:
         size = lambda axes: math.prod(shape[a] for a in axes)
         return tuple(shape[a] for a in self.stack), size(self.inputs), size(self.outputs)
 
-    def to_canonical(self, w: Array) -> Array:
+    def to_canonical(self, w: Array | Stored) -> Array:
         """``w`` as ``[*stack, in, out]``."""
+        if is_stored(w):
+            return w.canonical()
         stack, n_in, n_out = self.canonical_shape(w.shape)
         return w.transpose(*self.stack, *self.inputs, *self.outputs).reshape(*stack, n_in, n_out)
 
@@ -143,6 +147,16 @@ class Dot(Protocol):
     def per_output(self, y: Array, g: Array) -> Array:
         """y times ``g`` [out], feature by feature."""
 
+    def along(self, y: Array, g: Array) -> Array:
+        """``g`` [k] laid along the features of y, to be added or multiplied. Where y has n k of them (what ``inner``
+        gives for a convolution with n groups), n times over."""
+
+    def mix(self, y: Array, m: Array) -> Array:
+        """The features of y, k at a time, times ``m`` [k, l]: for what goes on from a result, or from ``inner``'s."""
+
+    def staged(self, x: Array, a: Array, core: Array) -> Array | None:
+        """``inner`` of a convolution in two steps, the features first and then the window, where that is cheaper."""
+
     def factored(self, x: Array, w: Array, factors: Factors, context: Context) -> Array:
         """``dot(x, w) + scale * outer(inner(x, a), b)``, in one fused kernel where there is one."""
 
@@ -157,9 +171,29 @@ class MethodLike(Protocol):
 
     def forward_transposed(self, dot: Dot, x: Array, wt: Array, p: Params, ctx: Context) -> Array | None: ...
 
-    def weight(self, w: Float[Array, "in out"], p: Params) -> Float[Array, "in out"]: ...
+    def weight_in(self, w: Float[Array, "in out"], p: Params, values: Any) -> Float[Array, "in out"]: ...
 
     def dims(self, p: Params) -> Params: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Unadapted:
+    """The method of a stored weight that has none: its product is the base's."""
+
+    sliceable = frozenset({IN, OUT})
+    lookup_only = False
+
+    def forward(self, dot: Dot, x: Array, w: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
+        return dot(x, w), None
+
+    def forward_transposed(self, dot: Dot, x: Array, wt: Array, p: Params, ctx: Context) -> Array:
+        return dot(x, wt)
+
+    def weight_in(self, w: Array, p: Params, values: Any) -> Array:
+        return w
+
+    def dims(self, p: Params) -> Params:
+        return Params()
 
 
 @jax.tree_util.register_dataclass
@@ -168,14 +202,14 @@ class AdaptedWeight:
     """A weight and the parameters that adapt it. See the module's docstring.
 
     Attributes:
-      base: the weight in its current layout.
+      base: the weight in its current layout, or stored.
       own: ``Params`` of this weight, every leaf with the stack axes first; ``own.shared`` is None.
       shared: the parameters of the method's group; never sliced by a scan.
       keys: a random key for each index of the stack axes, or None.
       values: the rest of the context; never sliced.
     """
 
-    base: Array
+    base: Array | Stored
     own: Params
     shared: Any
     keys: Any
@@ -184,10 +218,17 @@ class AdaptedWeight:
     labels: tuple[Label, ...] = dataclasses.field(metadata=dict(static=True))
     path: str = dataclasses.field(metadata=dict(static=True))
 
+    @classmethod
+    def unadapted(cls, base: Stored, path: str) -> "AdaptedWeight":
+        """A stored leaf of a tree, without a method."""
+        return cls(base, Params(), None, None, None, Unadapted(), base.axes.labels(base.shape), path)
+
     # What it is.
 
     @property
     def shape(self) -> tuple[int, ...]:
+        if is_stored(self.base):
+            return tuple(math.prod(atom.size for atom in label) for label in self.labels)
         return self.base.shape
 
     @property
@@ -207,22 +248,27 @@ class AdaptedWeight:
 
     # Layout changes: base and labels, and the stack axes of the parameters where those change.
 
-    def with_base(self, base: Array, labels: Sequence[Label] | None = None) -> "AdaptedWeight":
+    def with_base(self, base: Array | Stored, labels: Sequence[Label] | None = None) -> "AdaptedWeight":
         new = dataclasses.replace(self, base=base, labels=self.labels if labels is None else tuple(labels))
         old, now = self.stack_shape, new.stack_shape
         if old == now:
             return new
         # Splitting, merging or dropping a stack axis of size 1 keeps the order: a reshape of the leading axes.
-        reshape = lambda leaf: leaf.reshape(now + leaf.shape[len(old) :])
-        return dataclasses.replace(new, own=jax.tree.map(reshape, self.own), keys=jax.tree.map(reshape, self.keys))
+        reshape = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(now + leaf.shape[len(old) :]), tree)
+        base = reshape(base) if is_stored(base) else base
+        return dataclasses.replace(new, base=base, own=reshape(self.own), keys=reshape(self.keys))
 
-    def reshaped(self, base: Array) -> "AdaptedWeight | None":
+    def reshaped(self, base: Array | Stored, shape: Sequence[int]) -> "AdaptedWeight | None":
         """This weight with ``base`` reshaped. None where a new axis would cut an atom at an uneven place."""
-        labels = relabel(self.labels, base.shape)
+        labels = relabel(self.labels, shape)
         return None if labels is None else self.with_base(base, labels)
 
-    def sliced(self, axis: int, base: Array, take: Callable[[Array, int], Array]) -> "AdaptedWeight | None":
-        """This weight restricted along one axis; ``take(leaf, axis)`` does to a parameter what was done to the base.
+    def cast(self, dtype: Any) -> "AdaptedWeight":
+        """A stored weight that gives matrices of another dtype."""
+        return self if dtype == self.dtype else dataclasses.replace(self, base=self.base.then(Cast(jnp.dtype(dtype))))
+
+    def sliced(self, axis: int, take: Take) -> "AdaptedWeight | None":
+        """This weight restricted to a range of one axis.
 
         A stack axis restricts every leaf; an in or out axis restricts the leaves that have it, if the method says that
         a slice of its weight is its weight of the slices (``sliceable``). None where that does not hold.
@@ -232,19 +278,28 @@ class AdaptedWeight:
             return None
         (atom,) = label
         labels = list(self.labels)
-        labels[axis] = (atom._replace(size=base.shape[axis]),)
+        labels[axis] = (atom._replace(size=take.size),)
+        base = self.base if is_stored(self.base) else take(self.base, axis)
         if atom.group == STACK:
             at = self.group(STACK).index(atom)
-            cut = lambda leaf: take(leaf, at)
-            own, keys, shared = jax.tree.map(cut, self.own), jax.tree.map(cut, self.keys), self.shared
+            cut = lambda tree: jax.tree.map(lambda leaf: take(leaf, at), tree)
+            base = cut(base) if is_stored(base) else base
+            own, keys, shared = cut(self.own), cut(self.keys), self.shared
         elif atom.group in self.method.sliceable:
+            base = self.cut_base(base, atom, take) if is_stored(base) else base
             own, shared = self._sliced_groups(atom, take)
             keys = self.keys
         else:
             return None
         return dataclasses.replace(self, base=base, labels=tuple(labels), own=own, shared=shared, keys=keys)
 
-    def _sliced_groups(self, atom: Atom, take: Callable[[Array, int], Array]) -> tuple[Params, Any]:
+    def cut_base(self, base: Stored, atom: Atom, take: Take) -> Stored:
+        """``base``, of these labels, of which less is wanted along an in or out axis once there is a matrix."""
+        atoms = self.group(atom.group)
+        sizes = [a.size for a in atoms]
+        return base.then(Cut.of(base.stack_shape, take, (IN, OUT).index(atom.group), sizes, atoms.index(atom)))
+
+    def _sliced_groups(self, atom: Atom, take: Take) -> tuple[Params, Any]:
         atoms = self.group(atom.group)
         sizes, at = [a.size for a in atoms], atoms.index(atom)
 
@@ -254,9 +309,7 @@ class AdaptedWeight:
                 return leaf
             axis = n_stack + dims.index(atom.group)
             leaf = jax.lax.slice_in_dim(leaf, 0, math.prod(sizes), axis=axis)  # shared leaves may be longer
-            leaf = leaf.reshape(leaf.shape[:axis] + tuple(sizes) + leaf.shape[axis + 1 :])
-            leaf = take(leaf, axis + at)
-            return leaf.reshape(leaf.shape[:axis] + (-1,) + leaf.shape[axis + len(sizes) :])
+            return take.within(leaf, axis, sizes, at)
 
         dims = self.method.dims(self.params())
         n_stack = len(self.stack_shape)
@@ -267,13 +320,17 @@ class AdaptedWeight:
 
     def foldable(self) -> bool:
         """Whether the in and out groups can be flattened without moving data between devices, as far as the types say
-        (explicit sharding): only the slowest axis of a group may be sharded."""
+        (explicit sharding): only the slowest axis of a group may be sharded. What is stored is folded as it is."""
+        if is_stored(self.base):
+            return True
         spec = jax.typeof(self.base).sharding.spec
         sharded = {atom for label, axis in zip(self.labels, spec, strict=False) if axis is not None for atom in label}
         return not any(sharded & set(self.group(name)[1:]) for name in (IN, OUT))
 
     def canonical(self) -> Shaped[Array, "*stack in out"]:
         """The base as ``[*stack, in, out]``."""
+        if is_stored(self.base):
+            return self.base.canonical()
         flat = [atom for label in self.labels for atom in label]
         order = [*self.group(STACK), *self.group(IN), *self.group(OUT)]
         base = self.base.reshape([atom.size for atom in flat])
@@ -288,7 +345,7 @@ class AdaptedWeight:
         """The effective weight in the current layout and dtype. Computed in at least float32."""
         base = self.canonical()
         wide = jnp.promote_types(base.dtype, jnp.float32)
-        fn = lambda w, own: self.method.weight(w, own._replace(shared=self.shared))
+        fn = lambda w, own: self.method.weight_in(w, own._replace(shared=self.shared), self.values or {})
         for _ in self.stack_shape:
             fn = jax.vmap(fn)
         w = fn(base.astype(wide), self.own).astype(self.dtype)

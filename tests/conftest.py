@@ -3,13 +3,14 @@
 import itertools
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 _FLAG = "--xla_force_host_platform_device_count"
 if _FLAG not in os.environ.get("XLA_FLAGS", ""):  # read once, when jax makes its first array
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}=8".strip()
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 _finished = itertools.count(1)
@@ -43,6 +44,32 @@ def oracles() -> pathlib.Path:
 def shared_data() -> pathlib.Path:
     """Data sets and weights that are not part of the repository."""
     return _directory("JLORA_DATA", _SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def recorded_inputs() -> Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]:
+    """From inputs recorded with PyTorch, by their names there, to the keyword arguments of the modules of train."""
+    names = {"input_ids": "ids", "attention_mask": "segment_ids", "token_type_ids": "token_type_ids"}
+
+    def convert(recorded):
+        inputs = {names[name]: recorded[name].astype(np.int32) for name in names if name in recorded}
+        if "pixel_values" in recorded:
+            inputs["pixels"] = np.moveaxis(recorded["pixel_values"], 1, -1)
+        return inputs
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def same_logits() -> Callable[..., None]:
+    """Compares logits with recorded ones, by the token where the text is not padding or by the row."""
+
+    def compare(got, wanted, recorded, atol=1e-4, err_msg=""):
+        real = recorded["attention_mask"] == 1 if wanted.ndim == 3 and "attention_mask" in recorded else ...
+        assert got.dtype == np.float32 and got.shape == wanted.shape
+        np.testing.assert_allclose(np.asarray(got)[real], wanted[real], atol=atol, rtol=0, err_msg=err_msg)
+
+    return compare
 
 
 @pytest.fixture

@@ -30,8 +30,13 @@ from jlora.weight import Params
 
 DIRECTORY = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[2] / "shared" / "oracles"))
 # Relative to the largest number of an array, absolute below 1. LoHa keeps its scale in float32, C3A its transforms,
-# FourierFT all of the change (what it recorded are float32 numbers, exactly).
-TOLERANCE = {"float64": 1e-10, "float32": 1e-6, "LOHA": 1e-7, "C3A": 1e-6, "DEFT": 1e-6, "FOURIERFT": 1e-6}
+# FourierFT all of the change (what it recorded are float32 numbers, exactly). OSF decomposes the base in float32 and
+# does not save that: its start is decomposed anew. (From the recorded start: 1e-10, tests/methods/test_osf.py.)
+TOLERANCE = {"float64": 1e-10, "float32": 1e-6, "LOHA": 1e-7, "C3A": 1e-6, "DEFT": 1e-6, "FOURIERFT": 1e-6, "OSF": 1e-5}
+# FRoD is not given U, which PEFT rounds to float32 (with that U: 1e-10, tests/methods/test_frod.py).
+TOLERANCE |= {"FROD": 1e-6}
+# KaSA is not given the base that PEFT truncated, in float32 (with that base: 1e-10, tests/methods/test_kasa.py).
+TOLERANCE |= {"KASA": 1e-6}
 
 
 def wrong_gradients(config: dict) -> str | None:
@@ -39,10 +44,13 @@ def wrong_gradients(config: dict) -> str | None:
 
     It differentiates the effective convolution of LoHa by hand and takes the other product's core in one place; and C3A
     by its input: the gradient of the last layer's kernel agrees with finite differences, what lies before it does not.
-    (The conformance suite holds ours to the merged model's.)
+    (The conformance suite holds ours to the merged model's.) One gradient of PSOFT, which runs in float32, is 1.9e-6
+    from the float64 one of the same formula and parameters, beyond what is allowed to float32 here.
     """
     if config["peft_type"] == "LOHA" and config.get("use_effective_conv2d"):
         return r"hada_w[12]_a"
+    if config.get("ab_svd_init") == "pissa_init":
+        return r"lin1\.psoft_R$"
     return r"lin0|^x$" if config["peft_type"] == "C3A" else None
 
 
@@ -181,12 +189,15 @@ class Case:
             out.setdefault(module, {})[leaf] = jnp.asarray(value)
         return out
 
+    def on_disk(self, name: str) -> str | None:
+        """The name of a recorded tensor among those of the file. In memory, what is shared by the model is recorded
+        below one of its modules."""
+        name, names = same(name), {same(key) for key in self.disk}
+        return next((n for n in (name, name.partition(".")[2]) if n in names), None)
+
     def read(self, values: dict[str, np.ndarray]) -> jlora.Adapted:
         """``load_peft`` of a directory with these values for some of the adapter's tensors."""
-        values = {same(name): v for name, v in values.items()}
-        # In memory, what is shared by the model is recorded below one of its modules.
-        shared = FORMATS[self.config["peft_type"]].shared
-        values |= {name.rpartition(".")[2]: v for name, v in values.items() if name.rpartition(".")[2] in shared}
+        values = {self.on_disk(name) or name: v for name, v in values.items()}
         tensors = {key: np.ascontiguousarray(values.get(same(key), v)) for key, v in self.disk.items()}
         (self.scratch / "adapter_config.json").write_text(json.dumps(self.config))
         safetensors.numpy.save_file(tensors, self.scratch / "adapter_model.safetensors", {"format": "pt"})
@@ -195,7 +206,7 @@ class Case:
     def close(self, got: Any, wanted: Any, what: str) -> None:
         got, wanted = np.asarray(got), np.asarray(wanted)
         assert got.shape == wanted.shape, f"{what}: shape {got.shape}, recorded {wanted.shape}"
-        tolerance = TOLERANCE.get(self.config["peft_type"], 0.0)
+        tolerance = TOLERANCE.get("KASA" if self.config.get("kasa_config") else self.config["peft_type"], 0.0)
         bound = max(tolerance, TOLERANCE[self.meta["dtype"]]) * max(1.0, float(np.abs(wanted).max(initial=0.0)))
         error = float(np.abs(got - wanted).max(initial=0.0))
         assert error <= bound, f"{what}: off by {error:.3g}, allowed {bound:.3g}"
@@ -228,7 +239,7 @@ def test_case(where: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
     lifted = jlora.lift(model, on_materialize="error")
     x = jnp.asarray(z["x"])
     wrong = wrong_gradients(case.config)
-    recorded = {k: gradient for k, gradient in case.group("grad/").items() if not wrong or not re.search(wrong, k)}
+    recorded = {k: v for k, v in case.group("grad/").items() if not wrong or not re.search(wrong, same(k))}
     zeros = {k: np.zeros_like(v) for k, v in case.disk.items() if v.dtype.kind == "f"}
     mask = case.read(zeros | {k: np.ones_like(v) for k, v in recorded.items()}).trainable
 
@@ -253,9 +264,7 @@ def test_case(where: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
         return
     case.close(y, z["y"], "y")
     case.close(loss, z["loss"], "loss")
-    on_disk = {same(key) for key in case.disk}
-    shared = FORMATS[case.config["peft_type"]].shared
-    if all(same(key) in on_disk or key.endswith(shared) for key in recorded):  # else the file is a compact form of them
+    if all(case.on_disk(key) for key in recorded):  # else the file is a compact form of them
         case.all_close(grads[0], case.read(recorded).trainable, mask, "gradient of ")
     if "grad_x" in z and not (wrong and re.search(wrong, "x")):
         case.close(grads[1], z["grad_x"], "gradient of x")

@@ -129,14 +129,20 @@ def inspect(config: InspectConfig) -> int:
 
 def convert(config: ConvertConfig) -> int:
     """Write a checkpoint as an adapter directory in PEFT format."""
+    if (config.to is None) != (config.rank is None):
+        raise UserError("--to lora and --rank go together: --to lora --rank 16")
     _check_free(config.out)
     run = RunDirectory.open(config.run)
     saved = loading.read_run_config(run)
-    model = loading.load_model(saved.model.model, saved.model.bf16)
+    model = loading.load_model(saved.model.model, saved.model.bf16, quantize=saved.model.quantize)
     adapted, step = loading.load_checkpoint(run, saved, model, config.step)
+    reporter = Reporter()
     with loading.user_errors():
+        if config.to is not None:
+            adapted, report = jlora.to_lora(adapted, config.rank)
+            reporter.say(str(report))
         export_adapter(adapted, config.out, model.name)
-    Reporter().say(f"step {step} of {config.run} written to {config.out}")
+    reporter.say(f"step {step} of {config.run} written to {config.out}")
     return 0
 
 

@@ -43,6 +43,8 @@ class ModelOptions:
     """Hold the base and the activations in bfloat16; adapters and optimizer state stay float32."""
     remat: bool = False
     """Recompute each layer in the backward pass instead of keeping its activations: less memory, more time."""
+    quantize: Literal["none", "nf4", "int8"] = "none"
+    """Hold the base's linear layers in about 4 (QLoRA) or 8 bits a weight; what is trained stays as it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,8 @@ class MethodOptions:
     method: str = "lora"
     """`lora`, `dora`, `vera`, ... (a wrong name lists all), or `full`: train the weights themselves."""
     targets: Globs = ()
-    """Globs over `/`-joined parameter paths, e.g. "**/q_proj/kernel" (default: all-linear; for `full`, every leaf)."""
+    """Globs over `/`-joined parameter paths, e.g. "**/q_proj/kernel" (default: all-linear, without the gates of
+    experts; for `full`, every leaf)."""
     rank: OptionalInt = None
     """Rank of the update; a higher one can fit more and trains more parameters (default: lora, dora 8, vera 256)."""
     alpha: OptionalFloat = None
@@ -267,6 +270,10 @@ class ConvertConfig:
     """Directory to write; it must not exist."""
     step: str = "latest"
     """Which checkpoint: `latest`, `best` (lowest held-out loss) or a step number."""
+    to: Annotated[Literal["lora"] | None, _optional("lora")] = None
+    """`lora`: as a plain LoRA, which engines serve that know no other method (default: the run's own method)."""
+    rank: Annotated[int | float | None, _optional("INT|SHARE")] = None
+    """Largest rank of `--to lora`, or the share of each matrix's change to keep, for example 0.95."""
 
 
 def validate(config: FinetuneConfig) -> None:

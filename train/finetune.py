@@ -145,8 +145,9 @@ def finetune(config: FinetuneConfig, argv: list[str]) -> int:
 def prepare(config: FinetuneConfig, reporter: Reporter) -> Job:
     """Load and check everything; nothing is written."""
     loading.build_method(config.method)  # a misspelt option should not wait for the model
-    model = loading.load_model(config.model.model, config.model.bf16, config.model.remat)
+    model = loading.load_model(config.model.model, config.model.bf16, config.model.remat, config.model.quantize)
     config = dataclasses.replace(config, data=resolve_length(config.data, model.config.max_positions))
+    config = dataclasses.replace(config, method=loading.resolve_targets(config.method, model))
     adapted = loading.build_adapted(model, config.method, config.train.seed)
     train, held_out = loading.load_data(
         config.data, model, seed=config.train.seed, max_new_tokens=config.eval.max_new_tokens,
@@ -160,7 +161,7 @@ def prepare(config: FinetuneConfig, reporter: Reporter) -> Job:
 def describe(job: Job, command: str) -> dict[str, Any]:
     """The content of config.json."""
     method = loading.build_method(job.config.method)
-    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    count = lambda tree: sum(leaf.size for _, leaf in jlora.paths.flatten(tree)[0])
     return {
         "command": command,
         "options": to_dict(job.config),

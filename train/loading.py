@@ -38,9 +38,22 @@ def user_errors(context: str = ""):
         raise UserError(f"{context}{error}") from error
 
 
-def load_model(name: str, bf16: bool = False, remat: bool = False) -> models.LoadedModel:
+_FORMATS = {"nf4": jlora.quant.NF4, "int8": jlora.quant.Int8}
+
+
+def load_model(name: str, bf16: bool = False, remat: bool = False, quantize: str = "none") -> models.LoadedModel:
     with user_errors():
-        return models.load(name, dtype="bfloat16" if bf16 else "float32", remat=remat)
+        model = models.load(name, dtype="bfloat16" if bf16 else "float32", remat=remat)
+        if quantize == "none":
+            return model
+        params = jlora.quant.quantize(model.params, _FORMATS[quantize], **_traced(model))
+        return dataclasses.replace(model, params=params)
+
+
+def _traced(model: models.LoadedModel) -> dict[str, Any]:
+    """What tells `jlora.adapt` how the model uses its weights."""
+    forward = lambda params, *inputs: model.module.apply({"params": params}, *inputs)
+    return {"fn": forward, "args": tuple(jnp.zeros(x.shape, x.dtype) for x in model.inputs)}
 
 
 def build_method(options: MethodOptions) -> Method:
@@ -70,8 +83,14 @@ def build_method(options: MethodOptions) -> Method:
         raise UserError(str(error)) from error
 
 
+def resolve_targets(options: MethodOptions, model: models.LoadedModel) -> MethodOptions:
+    """Fill in `targets`: those of the model's family, or everything when all is to be trained."""
+    targets = options.targets or (("**",) if options.method == "full" else model.family.targets)
+    return dataclasses.replace(options, targets=targets)
+
+
 def build_rules(options: MethodOptions) -> dict[str, Method]:
-    """Pattern -> method, as `jlora.adapt` takes them."""
+    """Pattern -> method, as `jlora.adapt` takes them; `options` have been resolved."""
     method = build_method(options)
     targets = options.targets or ("**" if options.method == "full" else "all-linear",)
     return {pattern: Full() for pattern in options.train_fully} | {pattern: method for pattern in targets}
@@ -80,14 +99,8 @@ def build_rules(options: MethodOptions) -> dict[str, Method]:
 def build_adapted(model: models.LoadedModel, options: MethodOptions, seed: int) -> "jlora.Adapted":
     """The model's parameters with the chosen method on the chosen leaves, at their initial values."""
     rules = build_rules(options)
-
-    def forward(params, ids):
-        return model.module.apply({"params": params}, ids)
-
     with user_errors():
-        adapted = jlora.adapt(
-            model.params, rules, key=jax.random.key(seed), fn=forward, args=(jnp.zeros((1, 8), jnp.int32),)
-        )
+        adapted = jlora.adapt(model.params, rules, key=jax.random.key(seed), **_traced(model))
     # Full() may hand out the base's own buffers, and training donates what it trains.
     return adapted.replace(trainable=jax.tree.map(jnp.copy, adapted.trainable))
 
@@ -207,7 +220,11 @@ def load_source(options: SourceOptions) -> Source:
     name = options.model or (config.model.model if config else None)
     if name is None and adapter is not None:
         name = _base_of_adapter(adapter)
-    model = load_model(name or models.BUNDLED, options.bf16 or bool(config and config.model.bf16))
+    model = load_model(
+        name or models.BUNDLED,
+        options.bf16 or bool(config and config.model.bf16),
+        quantize=config.model.quantize if config else "none",
+    )
     if adapter is not None:
         with user_errors():
             adapted = load_peft(adapter, model.params)

@@ -157,14 +157,15 @@ def run_readme(run: RunDirectory, config: dict[str, Any], results: dict[str, Any
             ]
         lines.append("")
     if run.adapter.exists():
-        lines += _loading(model)
+        lines += _loading(model, options["model"].get("quantize", "none"))
     else:
         lines += ["The trained model as a plain directory: `jlora merge --run . --out DIRECTORY`", ""]
     lines += ["All options, also those left at their default: config.json. Figures: results.json, metrics.jsonl.", ""]
     return "\n".join(lines)
 
 
-def _loading(model: str) -> list[str]:
+def _loading(model: str, quantize: str) -> list[str]:
+    load = f'models.load("{model}")' if quantize == "none" else f'loading.load_model("{model}", quantize="{quantize}")'
     export = (
         ["The base in Hugging Face layout, for PEFT: `jlora merge --model stories260k --out stories260k`", ""]
         if model == "stories260k"
@@ -176,9 +177,9 @@ def _loading(model: str) -> list[str]:
         "```python",
         "import jlora",
         "from jlora.io import load_peft",
-        "from jlora.train import models",
+        f"from jlora.train import {load.partition('.')[0]}",
         "",
-        f'base = models.load("{model}")',
+        f"base = {load}",
         'adapted = load_peft("adapter", base.params)',
         "apply = jlora.lift(base.module.apply)",
         'logits = apply({"params": adapted.bind()}, ids)',

@@ -64,6 +64,7 @@ class Format(abc.ABC):
       copies_tables: PEFT writes the whole table of an adapted embedding, too.
       beside_tokens: its files may hold trained rows of embeddings as well (``tokens.py``).
       lacks: of "bias" and "fan_in_fan_out", the fields that its config does not have.
+      needs: packages without which its files are refused.
     """
 
     peft_type: ClassVar[str]
@@ -74,6 +75,7 @@ class Format(abc.ABC):
     fields: ClassVar[frozenset[str]]
     inert: ClassVar[frozenset[str]] = frozenset()
     lacks: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[tuple[str, ...]] = ()
     lookups_only: ClassVar[bool] = True
     copies_tables: ClassVar[bool] = True
     beside_tokens: ClassVar[bool] = False
@@ -86,6 +88,10 @@ class Format(abc.ABC):
     def follows(self, method: Method) -> bool:
         """Whether PEFT does to a module's bias what this method does to its outputs: ``Follow``."""
         return False
+
+    def for_bias(self, tensors: Tensors) -> list[str]:
+        """Of a module's tensors, by suffix, those that are for its bias alone and do something to it."""
+        return []
 
     # Reading.
 
@@ -116,10 +122,16 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def read(self, view: View, tensors: Tensors) -> Arrays:
-        """The trainable parameters of one matrix, and those frozen ones that ``init_stack`` does not make."""
+        """The trainable parameters of one matrix, and those frozen ones that ``init_stack`` does not make. Of what is
+        the group's and each of its modules has a copy of, ``group/`` and its path in the group."""
 
     def absent(self, method: Method, weight: Callable[[], np.ndarray]) -> Arrays:
         """The parameters of a layer that is not adapted, where not zero. ``weight()`` is its base [in, out]."""
+        return {}
+
+    def derived(self, method: Method, weight: Callable[[], np.ndarray], arrays: Arrays) -> Arrays:
+        """The frozen parameters of an adapted layer that the file leaves out because they follow from its base weight
+        [in, out] and from what was read."""
         return {}
 
     def scale(self, config: Config, name: str) -> float:
@@ -146,6 +158,10 @@ class Format(abc.ABC):
     def write_shared(self, methods: Sequence[Method], groups: Mapping[str, Arrays]) -> Tensors:
         """The tensors of the whole model, from the parameters of the groups."""
         return {}
+
+    def finish(self, config: dict[str, Any], tensors: Tensors) -> tuple[dict[str, Any], Tensors]:
+        """The config and the tensors, by key, as the file is to have them: the inverse of ``complete``."""
+        return config, tensors
 
     @abc.abstractmethod
     def config(self, facts: Mapping[str, Any]) -> dict[str, Any]:

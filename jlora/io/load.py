@@ -162,7 +162,7 @@ def load_peft(
     if both := sorted(whole.keys() & offsets.keys()):
         raise ValueError(f"{where}: for {both[0]!r} the file has a bias and lora_bias, two names for one thing.")
     sites |= {path: Site(Full(), None, tuple(tree.leaves[path].shape)) for path in whole}
-    follows = _follows(tree, fmt, members, sites)
+    follows = _follows(tree, fmt, members, sites, where)
     sites |= follows
     sites |= {path: Site(Offset(s), None, tuple(tree.leaves[path].shape)) for path, (s, _) in offsets.items()}
     sites |= {path: site for path, (site, _) in tokens.items()}
@@ -174,6 +174,7 @@ def load_peft(
     abstract = {path: jax.ShapeDtypeStruct(tree.leaves[path].shape, tree.leaves[path].dtype) for path in sites}
     built = build(params, sites, key=jax.random.key(0), arrays=abstract)
     trainable, frozen = {}, {}
+    common: dict[str, dict[str, np.ndarray]] = collections.defaultdict(dict)
     for path, site in sites.items():
         if path in follows:
             trainable[path] = built.trainable[path]
@@ -185,6 +186,11 @@ def load_peft(
             trainable[path] = _fill(built.trainable[path], {"rows": [((), tokens[path][1])]})
         else:
             values = _values(tree, fmt, site, views[path], members[path])
+            for name in [name for name in values if name.startswith("group/")]:
+                copies = [array for _, array in values.pop(name)]
+                first = common[site.method.group].setdefault(name.removeprefix("group/"), copies[0])
+                if not all(np.array_equal(copy, first) for copy in copies):
+                    raise ValueError(f"{where}: {path!r} and others share parameters, and have different ones.")
             kept = {name.removeprefix("frozen/"): v for name, v in values.items() if name.startswith("frozen/")}
             filled = _fill(built.trainable[path], {k: v for k, v in values.items() if not k.startswith("frozen/")})
             own = Params(filled, _fill(built.frozen[path], kept) if kept else None)
@@ -196,13 +202,13 @@ def load_peft(
     if fmt.shared:
         shared = {name: tensor.array for name, tensor in content.shared.items()}
         try:
-            groups = fmt.read_shared(config, list(views.values()), shared)
+            common |= fmt.read_shared(config, list(views.values()), shared)
         except ValueError as error:
             raise ValueError(f"{where}: {error}.") from None
-        for group, arrays in groups.items():
-            for parts, made in ((trainable, built.trainable), (frozen, built.frozen)):
-                if group in made:
-                    parts[group] = _fill_shared(made[group], arrays)
+    for group, arrays in common.items():
+        for parts, made in ((trainable, built.trainable), (frozen, built.frozen)):
+            if group in made:
+                parts[group] = _fill_shared(made[group], arrays)
     return built.replace(trainable=trainable, frozen=frozen)
 
 
@@ -212,7 +218,14 @@ def load_peft(
 def _format(config: Mapping[str, Any], where: str) -> Format:
     kind = config.get("peft_type")
     if kind not in FORMATS:
-        raise ValueError(f"{where}: adapters of peft_type {kind!r} are not read; those that are: {sorted(FORMATS)}.")
+        why = {
+            "XLORA": " jlora.io.load_xlora reads this one.",
+            "ADAMSS": " This one does not say which outputs a subspace has: PEFT clusters the base anew. Merge it.",
+        }
+        other = why.get(kind, "")
+        raise ValueError(
+            f"{where}: adapters of peft_type {kind!r} are not read; those that are: {sorted(FORMATS)}.{other}"
+        )
     fmt = FORMATS[kind]
     known = _COMMON | fmt.fields | fmt.inert
     real = {k: v for k, v in config.items() if k not in known and not (v is None or v is False or v in ({}, [], ""))}
@@ -352,7 +365,7 @@ def _sites(
     where: str,
 ) -> tuple[dict[str, Site], dict[str, View]]:
     sites, views = {}, {}
-    for path, at in members.items():
+    for path, at in members.items() if fmt.suffixes else ():  # else the file is about biases alone
         first = next(iter(at.values()))
         place, shape = first.place, tuple(tree.leaves[path].shape)
         fitting, options = _layouts(tree, fmt, place, first.tensors)
@@ -434,12 +447,14 @@ def _values(
 ) -> dict[str, list[tuple[tuple[int, ...], np.ndarray]]]:
     """For each array of a leaf that the file holds, its pieces and where they go."""
     pieces = collections.defaultdict(list)
+    leaf = tree.leaves[next(iter(at.values())).place.path]
     for index in np.ndindex(*site.canonical_shape[0][: len(next(iter(at)))]):
+        weight = lambda i=index: site.axes.to_canonical(np.asarray(leaf))[i]
         if index in at:
             arrays = fmt.read(view, {suffix: tensor.array for suffix, tensor in at[index].tensors.items()})
+            arrays = arrays | fmt.derived(site.method, weight, arrays)
         else:
-            one = tree.leaves[next(iter(at.values())).place.path]
-            arrays = fmt.absent(site.method, lambda leaf=one, i=index: site.axes.to_canonical(np.asarray(leaf))[i])
+            arrays = fmt.absent(site.method, weight)
         for name, array in arrays.items():
             pieces[name].append((index, array))
     return pieces
@@ -504,6 +519,7 @@ def _follows(
     fmt: Format,
     members: Mapping[str, Mapping[tuple[int, ...], _Member]],
     sites: Mapping[str, Site],
+    where: str,
 ) -> dict[str, Site]:
     """The biases that change with the outputs of their modules."""
     found = {}
@@ -515,6 +531,13 @@ def _follows(
             if place is not None:
                 method = Follow(group=path, method=sites[path].method, n_stack=len(place.index))
                 found[place.path] = Site(method, None, tuple(tree.leaves[place.path].shape))
+            elif lost := fmt.for_bias({suffix: tensor.array for suffix, tensor in member.tensors.items()}):
+                raise ValueError(
+                    f"{where}: {', '.join(member.tensors[suffix].key for suffix in lost)} are for the bias of "
+                    f"{member.place.module}, which has none in these parameters, and would be lost. If it is only "
+                    "called otherwise, pass load_peft(..., names=function from the path of a leaf to the name of its "
+                    "PyTorch parameter); if the model has none, give it one of zeros, or merge in PEFT."
+                )
     return found
 
 

@@ -1,4 +1,4 @@
-"""``peft_type`` LORA: LoRA, rsLoRA and DoRA.
+"""``peft_type`` LORA: LoRA, rsLoRA, DoRA, aLoRA, BD-LoRA and KaSA.
 
 ==================  =====================================  ==========================================================
 weight              tensors                                jlora
@@ -12,13 +12,20 @@ bare parameter      lora_A [E r, in], rows expert by       a [E, in, r], b [E, r
                     rank by rank
 DoRA beside these   lora_magnitude_vector [out],           magnitude [out]
                     [1, out, 1, ...] for a convolution
+BD-LoRA             lora_A [r, in / n] or              a [in, r / n], the blocks turned one by one, or
+                    lora_B [out, r / n]                b = B^T [r / n, out]
+KaSA beside these   lora_diag [r]                      sigma [r]
 ==================  =====================================  ==========================================================
 
-The scale is not stored: alpha / r, or alpha / sqrt(r) with ``use_rslora``, of each module's own r and alpha.
+The scale is not stored: alpha / r, or alpha / sqrt(r) with ``use_rslora``, of each module's own r and alpha. aLoRA's
+tensors are those of LoRA; ``alora_invocation_tokens`` in the config tells them apart. ``use_bdlora`` says by the last
+part of a module's name which of its factors has blocks. What KaSA takes from the base weight is in no file: PEFT
+decomposes it again, in float32, and so does this.
 """
 
 import collections
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -27,35 +34,40 @@ from typing import Any
 import numpy as np
 
 from jlora.io import matching
-from jlora.io.format import Arrays, Config, Format, Tensors, Written
+from jlora.io.format import Arrays, Config, Format, Tensors, Written, all_layers
 from jlora.io.layouts import Hint, View
-from jlora.methods import DoRA, LoRA, Method
+from jlora.methods import ALoRA, BDLoRA, DoRA, KaSA, LoRA, Method
 
 _A, _B, _EMBEDDING_A, _EMBEDDING_B = "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"
-_MAGNITUDE = "lora_magnitude_vector"
+_MAGNITUDE, _SIGMA = "lora_magnitude_vector", "lora_diag"
+_BLOCKED = {"in": "target_modules_bd_a", "out": "target_modules_bd_b"}
 # These start from factors of the base weight and leave the base changed; the file holds what is relative to that.
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    method: LoRA
+    method: LoRA | BDLoRA | KaSA
     rank: int
     alpha: float
     experts: bool
+
+    @property
+    def scale(self) -> float:
+        return LoRA(self.rank, self.alpha, rslora=self.method.rslora).scale
 
 
 class LoraFormat(Format):
     """LORA."""
 
     peft_type = "LORA"
-    methods = (LoRA, DoRA)
-    suffixes = (_A, _B, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE)
+    methods = (LoRA, DoRA, ALoRA, BDLoRA, KaSA)
+    suffixes = (_A, _B, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _SIGMA)
     offset = "lora_B.bias"
     beside_tokens = True
     fields = frozenset(
         "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern lora_bias init_lora_weights "
-        "target_parameters".split()
+        "target_parameters alora_invocation_tokens use_bdlora kasa_config".split()
     )
     inert = frozenset(
         "eva_config corda_config lora_ga_config loftq_config megatron_core qalora_group_size".split()
@@ -69,7 +81,19 @@ class LoraFormat(Format):
                 "changed. Convert it to plain LoRA in PEFT: save_pretrained(..., path_initial_model_for_weight_"
                 "conversion=...)"
             )
+        beside = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
+        kinds = [name for name in ("alora_invocation_tokens", "use_bdlora", "kasa_config") if config.get(name)]
+        if len(kinds + beside) > 1 and kinds:
+            return f"{' and '.join((kinds + beside)[:2])}: they are not read together"
         return None
+
+    def _blocked(self, config: Config, name: str) -> str | None:
+        """The side of a module on which BD-LoRA has its blocks."""
+        fields, last = config.get("use_bdlora") or {}, name.rpartition(".")[2]
+        found = [side for side, field in _BLOCKED.items() if any(part in last for part in fields.get(field) or ())]
+        if len(found) > 1:
+            raise ValueError(f"{name}: use_bdlora gives both of its factors blocks, where one is wanted.")
+        return found[0] if found else None
 
     def _rank_alpha(self, config: Config, name: str) -> tuple[int, float]:
         rank = matching.by_pattern(config.get("rank_pattern"), name, config.get("r", 8))
@@ -88,6 +112,10 @@ class LoraFormat(Format):
 
     def shapes(self, config: Config, name: str, view: View) -> dict[str, tuple[int, ...]]:
         rank, _ = self._rank_alpha(config, name)
+        linear_only = {"alora_invocation_tokens": "aLoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA"}
+        kind = next((kind for field, kind in linear_only.items() if config.get(field)), None)
+        if kind and view.kind != "linear":
+            raise ValueError(f"{name}: {kind} is for linear weights, and this is one of kind {view.kind!r}.")
         if view.kind == "embedding":
             shapes = {_EMBEDDING_A: (rank, view.n_in), _EMBEDDING_B: (view.n_out, rank)}
         elif view.kind == "conv":
@@ -96,6 +124,11 @@ class LoraFormat(Format):
         else:
             rows = math.prod(view.experts) * rank
             shapes = {_A: (rows, view.n_in), _B: (view.n_out, rows)}
+        if side := self._blocked(config, name):
+            suffix, blocks = _A if side == "in" else _B, config["use_bdlora"].get("nblocks", 1)
+            shapes[suffix] = (shapes[suffix][0], shapes[suffix][1] // blocks)
+        if config.get("kasa_config"):
+            shapes[_SIGMA] = (rank,)
         if config.get("use_dora"):
             ones = (1,) * (len(view.window) - 1)
             shapes[_MAGNITUDE] = (1, view.n_out, *ones) if view.kind == "conv" else (view.n_out,)
@@ -107,16 +140,27 @@ class LoraFormat(Format):
         # The alpha of a layer that is not adapted plays no part; an equal one keeps the method simple.
         some_alpha = next(pair[1] for pair in each if pair)
         alphas = tuple(pair[1] if pair else some_alpha for pair in each)
+        options = {"rslora": bool(config.get("use_rslora", False)), "dropout": config.get("lora_dropout", 0.0)}
+        sides = {self._blocked(config, name) for name in names if name is not None}
+        if config.get("kasa_config") or sides != {None}:
+            if len(sides) > 1 or len(set(filter(None, each))) > 1:
+                raise ValueError(f"{names} are stacked and differ in rank, alpha or blocks; use a tree with them apart")
+            if sides != {None}:
+                blocks = config["use_bdlora"].get("nblocks", 1)
+                return all_layers(names, BDLoRA(max(ranks), some_alpha, blocks=blocks, blocked=sides.pop(), **options))
+            return all_layers(names, KaSA(max(ranks), some_alpha, **options))
+        tokens = config.get("alora_invocation_tokens")
         cls = DoRA if config.get("use_dora") else LoRA
+        if tokens:
+            cls = functools.partial(ALoRA, invocation_tokens=tuple(tokens))
         return cls(
             rank=max(ranks),
             alpha=some_alpha,
-            rslora=bool(config.get("use_rslora", False)),
-            dropout=config.get("lora_dropout", 0.0),
             init_a="gaussian" if config.get("init_lora_weights") == "gaussian" else "default",
             ranks=ranks if len(set(ranks)) > 1 else None,
             alphas=alphas if len(set(alphas)) > 1 else None,
             lookup_only=tied,
+            **options,
         )
 
     def read(self, view: View, tensors: Tensors) -> Arrays:
@@ -129,7 +173,9 @@ class LoraFormat(Format):
             a = tensors[_A].reshape(n, -1, view.n_in).transpose(0, 2, 1).reshape(*view.experts, view.n_in, -1)
             b = tensors[_B].reshape(view.n_out, -1, n).transpose(2, 1, 0).reshape(*view.experts, -1, view.n_out)
         else:
-            a, b = tensors[_A].T, tensors[_B].T
+            a, b = _turned(tensors[_A], view.n_in), tensors[_B].T
+        if _SIGMA in tensors:
+            return {"factors/a": a, "factors/b": b, "sigma": tensors[_SIGMA]}
         if _MAGNITUDE not in tensors:
             return {"a": a, "b": b}
         return {"factors/a": a, "factors/b": b, "magnitude": tensors[_MAGNITUDE].reshape(-1)}
@@ -138,21 +184,35 @@ class LoraFormat(Format):
         # DoRA's gain, the magnitude over the norm, is then 1.
         return {"magnitude": _norms(weight())} if isinstance(method, DoRA) else {}
 
+    def derived(self, method: Method, weight: Callable[[], np.ndarray], arrays: Arrays) -> Arrays:
+        if not isinstance(method, KaSA):
+            return {}
+        u, s, vh = np.linalg.svd(weight().astype(np.float32), full_matrices=False)
+        r = method.rank
+        return {"frozen/cut_a": u[:, -r:] * s[-r:], "frozen/cut_b": vh[-r:]}
+
     def write(
-        self, method: LoRA, layer: int | None, view: View, arrays: Arrays, weight: Callable[[], np.ndarray]
+        self, method: Method, layer: int | None, view: View, arrays: Arrays, weight: Callable[[], np.ndarray]
     ) -> Written | None:
         rank, alpha = method.rank, method.alpha
-        if layer is not None and method.varies:
+        if layer is not None and isinstance(method, LoRA) and method.varies:
             rank = method.ranks[layer] if method.ranks else rank
             alpha = method.alphas[layer] if method.alphas else alpha
         dora = isinstance(method, DoRA)
+        if dora and method.method is not None:
+            raise ValueError(f"PEFT has DoRA over LoRA only, and this is {method}. Merge it instead: jlora.merge.")
         if dora and view.kind == "experts":
             raise ValueError("PEFT has no DoRA for bare parameters. Merge the adapter instead: jlora.merge.")
-        a, b = (arrays["factors/a"], arrays["factors/b"]) if dora else (arrays["a"], arrays["b"])
+        if isinstance(method, (BDLoRA, KaSA)) and view.kind != "linear":
+            raise ValueError(f"PEFT has {method.name} for linear weights only, and this is of the kind {view.kind!r}.")
+        nested = isinstance(method, (DoRA, KaSA))
+        a, b = (arrays["factors/a"], arrays["factors/b"]) if nested else (arrays["a"], arrays["b"])
         if rank == 0:
             if not dora or np.allclose(arrays["magnitude"], _norms(weight()), rtol=1e-5):
                 return None
             rank = 1  # PEFT has no magnitudes without a pair: this one is zero
+        if isinstance(method, KaSA):
+            _check_cut(self.derived(method, weight, arrays), arrays, weight())
         a, b = a[..., :rank], b[..., :rank, :]
         if view.kind == "embedding":
             tensors = {_EMBEDDING_A: a.T, _EMBEDDING_B: b.T}
@@ -166,7 +226,9 @@ class LoraFormat(Format):
                 _B: b.transpose(2, 1, 0).reshape(view.n_out, -1),
             }
         else:
-            tensors = {_A: a.T, _B: b.T}
+            tensors = {_A: _turned(a, rank), _B: b.T}
+        if isinstance(method, KaSA):
+            tensors[_SIGMA] = arrays["sigma"]
         if dora:
             ones = (1,) * (len(view.window) - 1)
             magnitude = arrays["magnitude"]
@@ -174,9 +236,7 @@ class LoraFormat(Format):
         return Written(tensors, _Facts(method, rank, alpha, view.kind == "experts"), view.n_out)
 
     def offset_scale(self, facts: _Facts) -> float | None:
-        if facts.experts or isinstance(facts.method, DoRA):
-            return None
-        return facts.method.scale_of(facts.rank, facts.alpha)
+        return facts.scale if type(facts.method) is LoRA and not facts.experts else None
 
     def config(self, facts: Mapping[str, _Facts]) -> dict[str, Any]:
         methods = {fact.method for fact in facts.values()}
@@ -186,12 +246,17 @@ class LoraFormat(Format):
                 "PEFT's use_dora holds for all modules of a file, and here some are LoRA and some DoRA: use one of the "
                 "two for all, or merge (jlora.merge)."
             )
+        tokens = {method.invocation_tokens if isinstance(method, ALoRA) else None for method in methods}
+        if len(tokens) > 1 or () in tokens:
+            raise ValueError(
+                "PEFT's alora_invocation_tokens hold for all modules of a file, and here they are "
+                f"{sorted(map(str, tokens))}: give every ALoRA the same invocation_tokens, with no LoRA beside them."
+            )
+        if len({isinstance(method, KaSA) for method in methods}) > 1:
+            raise ValueError("PEFT's kasa_config holds for all modules of a file, and here some are KaSA and some not.")
         rslora = {method.rslora for method in methods}
         # One file, one rule for the scale: where the methods differ, alpha is what gives each its own under alpha / r.
-        alphas = {
-            name: fact.alpha if len(rslora) == 1 else fact.method.scale_of(fact.rank, fact.alpha) * fact.rank
-            for name, fact in facts.items()
-        }
+        alphas = {name: fact.alpha if len(rslora) == 1 else fact.scale * fact.rank for name, fact in facts.items()}
         ranks = {name: fact.rank for name, fact in facts.items()}
         alphas = {name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in alphas.items()}
         rank, alpha = (collections.Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -202,9 +267,49 @@ class LoraFormat(Format):
             "alpha_pattern": {matching.pattern_of(name): value for name, value in alphas.items() if value != alpha},
             "use_rslora": rslora == {True},
             "use_dora": dora == {True},
+            "alora_invocation_tokens": next(map(list, filter(None, tokens)), None),
             "lora_dropout": _dropout(facts.values()),
-            "init_lora_weights": "gaussian" if {method.init_a for method in methods} == {"gaussian"} else True,
+            "init_lora_weights": "gaussian" if {getattr(m, "init_a", None) for m in methods} == {"gaussian"} else True,
+            **_blocks({name: fact.method for name, fact in facts.items()}),
+            **({"kasa_config": {"beta": 1e-4, "gamma": 1e-3}} if any(isinstance(m, KaSA) for m in methods) else {}),
         }
+
+
+def _turned(tensor: np.ndarray, n: int) -> np.ndarray:
+    """[r, n] transposed; or, if it is a column of blocks [r, n / blocks], each of them by itself: [n, r / blocks]."""
+    r, size = tensor.shape
+    blocks = n // size
+    return tensor.reshape(blocks, r // blocks, size).transpose(0, 2, 1).reshape(n, r // blocks)
+
+
+def _blocks(methods: Mapping[str, Method]) -> dict[str, Any]:
+    """``use_bdlora``, if it is. It tells modules apart by the last parts of their names, and by what these contain."""
+    blocked = [method for method in methods.values() if isinstance(method, BDLoRA)]
+    if not blocked:
+        return {}
+    sides = {(name.rpartition(".")[2], getattr(method, "blocked", None)) for name, method in methods.items()}
+    parts = {side: sorted(last for last, its in sides if its == side) for side in _BLOCKED}
+    clash = [last for last, its in sides for side in _BLOCKED if its != side and any(p in last for p in parts[side])]
+    numbers = {method.blocks for method in blocked}
+    if clash or len(numbers) > 1 or not all(type(method) in (LoRA, BDLoRA) for method in methods.values()):
+        raise ValueError(
+            "PEFT's use_bdlora has one number of blocks for a file, chooses their side by the last part of a module's "
+            f"name, and has LoRA beside it only; here are {sorted({str(method) for method in methods.values()})}"
+            + (f", and {sorted(set(clash))} could not be told apart." if clash else ".")
+        )
+    strict = len(blocked) == len(methods)
+    fields = {field: parts[side] for side, field in _BLOCKED.items()}
+    return {"use_bdlora": fields | {"nblocks": numbers.pop(), "match_strict": strict}}
+
+
+def _check_cut(wanted: Arrays, arrays: Arrays, w: np.ndarray) -> None:
+    """That KaSA took from a weight what PEFT will take."""
+    product = lambda arrays: arrays["frozen/cut_a"].astype(np.float64) @ arrays["frozen/cut_b"]
+    if np.abs(product(arrays) - product(wanted)).max() > 1e-3 * np.abs(w).max():
+        raise ValueError(
+            "what it took from the base weight are not its smallest singular components, which PEFT takes. Merge "
+            "instead: jlora.merge."
+        )
 
 
 def _norms(w: np.ndarray) -> np.ndarray:

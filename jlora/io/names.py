@@ -9,6 +9,7 @@ import numpy as np
 
 from jlora import paths
 from jlora.io.layouts import KERNELS, TABLES
+from jlora.storage import is_stored
 from jlora.weight import Axes
 
 # Segments of a name that a layer's (or an expert's) number follows.
@@ -127,6 +128,8 @@ class Tree:
         if path in self._known:
             return self._known[path]
         leaf = self.leaves[path]
+        if is_stored(leaf):
+            return leaf.axes
         for pattern, axes in self._axes:
             if paths.matches(pattern, path, leaf) and len((*axes.stack, *axes.inputs, *axes.outputs)) == leaf.ndim:
                 return axes

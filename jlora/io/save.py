@@ -14,7 +14,7 @@ from jlora.adapt import Adapted
 from jlora.io import files, matching
 from jlora.io.format import Format, Written
 from jlora.io.formats import FORMATS
-from jlora.io.layouts import to_torch, view
+from jlora.io.layouts import View, to_torch, view
 from jlora.io.names import Names, Place, Tree
 from jlora.io.tokens import BESIDE
 from jlora.methods import Site, TrainableTokens
@@ -58,7 +58,8 @@ def save_peft(
     matrices = {path: site for path, site in sites.items() if not site.method.whole_leaf}
     rows = {path: site for path, site in matrices.items() if isinstance(site.method, TrainableTokens)}
     rows = rows if len(rows) < len(matrices) else {}  # else they are what the file is of
-    fmt = _format({path: site for path, site in matrices.items() if path not in rows})
+    offsets = {path: site for path, site in sites.items() if isinstance(site.method, Offset)}
+    fmt = _format({path: site for path, site in matrices.items() if path not in rows} or offsets)
     if rows and not fmt.beside_tokens:
         raise ValueError(
             f"{next(iter(rows))!r}: PEFT has no trained rows beside {fmt.peft_type} adapters. Merge instead."
@@ -71,6 +72,8 @@ def save_peft(
     if fmt.lookups_only:
         _warn_of_tied(tree, matrices)
     written = {place: one for path, site in matrices.items() for place, one in _write(adapted, tree, fmt, path, site)}
+    if not matrices:
+        written = dict(pair for path, site in offsets.items() for pair in _biases(adapted, tree, fmt, path, site))
     if not written:
         raise ValueError("None of the adapters has a rank above 0: there is nothing to write.")
     tensors = {
@@ -99,10 +102,10 @@ def save_peft(
         }
         config["trainable_token_indices"] = {p.module: list(rows[at].method.indices) for p, at in places.items()}
     config |= _target_parameters(tree, [place for place in written if place.bare])
+    config, tensors = fmt.finish(config | copied, tensors | copies)
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     cast = lambda tensor: np.asarray(tensor, dtype if jnp.issubdtype(tensor.dtype, jnp.floating) else None)
-    tensors = {key: cast(tensor) for key, tensor in (tensors | copies).items()}
-    config |= copied
+    tensors = {key: cast(tensor) for key, tensor in tensors.items()}
     if "bias" in fmt.lacks and config["bias"] != "none":
         raise ValueError(f"PEFT trains no biases beside {fmt.peft_type} adapters. Leave them out of Full, or merge.")
     config = {key: value for key, value in config.items() if key not in fmt.lacks}
@@ -161,6 +164,16 @@ def _write(adapted: Adapted, tree: Tree, fmt: Format, path: str, site: Site) -> 
             raise ValueError(f"{path!r}: {error}") from None
         if written is not None:
             yield place, written
+
+
+def _biases(adapted: Adapted, tree: Tree, fmt: Format, path: str, site: Site) -> Iterator[tuple[Place, Written]]:
+    """The same for a file that is about biases alone."""
+    delta = np.asarray(adapted.trainable[path]["delta"])
+    for place in tree.by_path[path]:
+        if place.param != "bias":
+            raise ValueError(f"{path!r}: a PEFT file has a place for what is added to biases, not to {place.name!r}.")
+        own = delta[place.index]
+        yield place, fmt.write(site.method, None, View("linear", 0, own.size), {"delta": own}, lambda: np.zeros(()))
 
 
 def _groups(adapted: Adapted) -> dict[str, dict[str, np.ndarray]]:
@@ -230,8 +243,9 @@ def _copies(
                 f"{place.module} has a bias, which PEFT's {fmt.peft_type} changes with the outputs and this adapter "
                 "does not. Put jlora.methods.Follow on the bias before training, or merge (jlora.merge)."
             )
+    done = {place.path for place in written}
     for path, site in adapted.sites.items():
-        if isinstance(site.method, Follow):
+        if isinstance(site.method, Follow) or path in done:
             continue
         if site.method.whole_leaf and (path not in offsets):
             bare = next((place for place in tree.by_path[path] if place.bare), None)

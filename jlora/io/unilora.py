@@ -119,7 +119,7 @@ class UniloraFormat(Format):
 
 def _drawn(seed: int, length: int, rank: int, modules: Mapping[str, tuple[int, int]]) -> Tensors:
     """The indices of all modules, keyed as on disk."""
-    order = sorted(modules, key=_position)
+    order = sorted(modules, key=position)
     _check_order(order)
     total = sum(rank * (n_in + n_out) for n_in, n_out in modules.values())
     rng = np.random.default_rng(seed)
@@ -136,8 +136,8 @@ def _drawn(seed: int, length: int, rank: int, modules: Mapping[str, tuple[int, i
     return out
 
 
-def _position(module: str) -> list[tuple]:
-    """Sorts modules as PyTorch defines them, as far as ``_check_order`` says so."""
+def position(module: str) -> list[tuple]:
+    """Sorts modules as PyTorch defines them, as far as ``undecided`` says so."""
     return [_rank(segment) for segment in module.split(".")]
 
 
@@ -147,15 +147,21 @@ def _rank(segment: str) -> tuple:
     return place, stem, int(number or -1)
 
 
-def _check_order(modules: Sequence[str]) -> None:
-    """A ValueError where two neighbours differ in a segment whose order is not known."""
+def undecided(modules: Sequence[str]) -> tuple[str, str] | None:
+    """Two neighbours of which it is not known which PyTorch defines first, or None."""
     for first, second in zip(modules, modules[1:], strict=False):
         pairs = zip(first.split("."), second.split("."), strict=False)
         one, other = next((pair for pair in pairs if pair[0] != pair[1]), ("", ""))
         stems = [re.fullmatch(r"(.*?)(\d*)", segment)[1] for segment in (one, other)]
         if stems[0] != stems[1] and not any(set(stems) <= set(order) for order in _ORDERS):
-            raise ValueError(
-                "it lacks the indices (save_indices=false), which follow from its seed and the order of modules, and "
-                f"which of {first!r} and {second!r} PyTorch has first is not known. Load it with PEFT, set "
-                "save_indices=True in its config and save it again"
-            )
+            return first, second
+    return None
+
+
+def _check_order(modules: Sequence[str]) -> None:
+    if pair := undecided(modules):
+        raise ValueError(
+            "it lacks the indices (save_indices=false), which follow from its seed and the order of modules, and "
+            f"which of {pair[0]!r} and {pair[1]!r} PyTorch has first is not known. Load it with PEFT, set "
+            "save_indices=True in its config and save it again"
+        )

@@ -18,6 +18,7 @@ from jlora import paths
 from jlora.lift.core import lift
 from jlora.lift.usage import LeafUsage
 from jlora.lift.usage import usage as trace_usage
+from jlora.storage import is_stored
 from jlora.weight import AdaptedWeight, Context, Dot, Params
 
 
@@ -90,7 +91,7 @@ class _Tap:
             return dot(x, wt) + dot.outer(dot.inner(x, p.frozen["omega"]), g.T).astype(x.dtype)
         return dot(x, wt if g is None else wt + g.T.astype(wt.dtype))
 
-    def weight(self, w: Array, p: Params) -> Array:
+    def weight_in(self, w: Array, p: Params, values: Any) -> Array:
         g = p.trainable.get("g")
         return w if g is None or p.frozen else w + g.astype(w.dtype)
 
@@ -134,7 +135,7 @@ def capture(
     named, treedef = paths.flatten(params)
     leaves = dict(named)
     chosen = {
-        path: use.axes
+        path: leaves[path].axes if is_stored(leaves.get(path)) else use.axes
         for path, use in found.items()
         if use.axes is not None and path in leaves and paths.matches(targets, path, leaves[path])
     }

@@ -6,14 +6,17 @@ the context are not sliced: they are constants of the body. A weight that is a c
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.extend.core as jex
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from jlora import _compat
 from jlora.lift.core import Run, evaluate, is_adapted, plain_jaxpr, rule
+from jlora.storage import Take, is_stored
 from jlora.weight import STACK, AdaptedWeight
 
 
@@ -38,12 +41,14 @@ def call(run: Run, eqn: Any, values: list) -> list | None:
 def remat(run: Run, eqn: Any, values: list) -> list | None:
     jaxpr = _compat.closed(eqn.params["jaxpr"])
 
-    def body(values: list) -> tuple[list, dict]:
+    arrays, whole = _arrays_of(values)
+
+    def body(arrays: list) -> tuple[list, dict]:
         inner = run.inner()
-        return plain_jaxpr(inner, jaxpr, values, "output of a checkpointed function"), inner.aux
+        return plain_jaxpr(inner, jaxpr, whole(arrays), "output of a checkpointed function"), inner.aux
 
     checkpointed = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
-    out, aux = checkpointed(values)
+    out, aux = checkpointed(arrays)
     run.absorb(aux)
     return out
 
@@ -84,7 +89,8 @@ class _Sliced:
             return cls(run.materialize(w, f"{where} along an axis that is not stacked"), lambda x: x)
         at = w.group(STACK).index(label[0]) if label[0].group == STACK else 0
         move = lambda leaf: jax.numpy.moveaxis(leaf, at, 0) if at else leaf
-        arrays = w.base, jax.tree.map(move, w.own), jax.tree.map(move, w.keys)
+        base = jax.tree.map(move, w.base) if is_stored(w.base) else w.base
+        arrays = base, jax.tree.map(move, w.own), jax.tree.map(move, w.keys)
 
         def rebuild(x: Any) -> AdaptedWeight:
             base, own, keys = x
@@ -116,17 +122,31 @@ def while_loop(run: Run, eqn: Any, values: list) -> list | None:
 @rule("cond")
 def cond(run: Run, eqn: Any, values: list) -> list | None:
     index, *operands = values
+    arrays, whole = _arrays_of(operands)
 
     def branch(jaxpr: jex.ClosedJaxpr) -> Any:
-        def fn(operands: list) -> list:
+        def fn(arrays: list) -> list:
             inner = run.inner()
-            out = plain_jaxpr(inner, jaxpr, operands, "output of a branch")
+            out = plain_jaxpr(inner, jaxpr, whole(arrays), "output of a branch")
             _refuse_aux(inner, "a branch of a cond")
             return out
 
         return fn
 
-    return jax.lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], operands)
+    return jax.lax.switch(index, [branch(jaxpr) for jaxpr in eqn.params["branches"]], arrays)
+
+
+def _arrays_of(values: Any) -> tuple[list, Callable[[list], Any]]:
+    """The arrays among ``values``, and the way back from them. What else a context may hold, names of tasks and numbers
+    that stay known, is not handed on by JAX and goes with the function."""
+    leaves, treedef = jax.tree.flatten(values)
+    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))]
+
+    def whole(arrays: list) -> Any:
+        filled = dict(enumerate(leaves)) | dict(zip(at, arrays, strict=True))
+        return jax.tree.unflatten(treedef, filled.values())
+
+    return [leaves[i] for i in at], whole
 
 
 def _refuse_aux(run: Run, where: str) -> None:
@@ -139,7 +159,11 @@ def _refuse_aux(run: Run, where: str) -> None:
 
 @rule("shard_map")
 def shard_map(run: Run, eqn: Any, values: list) -> list | None:
-    """Parameters enter with the sharding of the weight's axes that they have: ``a`` with that of the in axes."""
+    """Parameters enter with the sharding of the weight's axes that they have: ``a`` with that of the in axes.
+
+    What is stored of a base is sharded along the stack only. Where an in or out axis is sharded, every device is given
+    all that is stored, and takes its part of each matrix when it forms it.
+    """
     p = eqn.params
     jaxpr = _compat.closed(p["jaxpr"])
     specs = p["in_specs"]
@@ -192,19 +216,28 @@ class _Sharded:
         shared = jax.tree.map(lambda leaf, d: enter(leaf, d, 0), w.shared, dims.shared)
         leaves, treedef = jax.tree.flatten((own, shared), is_leaf=lambda x: isinstance(x, _Leaf))
         keys_spec = jax.tree.map(lambda _: PartitionSpec(*stack_spec), w.keys)
-        values_spec = jax.tree.map(lambda _: PartitionSpec(), w.values)
+        given, whole = _arrays_of(w.values)
+        values_spec = [PartitionSpec() for _ in given]
+
+        base_spec = jax.tree.map(lambda _: PartitionSpec(*stack_spec), w.base) if is_stored(w.base) else spec
 
         def rebuild(x: Any) -> AdaptedWeight:
             base, arrays, keys, values = x
             own, shared = jax.tree.unflatten(treedef, [leaf.local(x) for leaf, x in zip(leaves, arrays, strict=True)])
+            local = {axis: w.shape[axis] // jax.lax.axis_size(entries[axis]) for axis in split}
+            for axis in split if is_stored(base) else ():
+                (atom,) = w.labels[axis]
+                if atom.group != STACK:
+                    start = jax.lax.axis_index(entries[axis]) * local[axis]
+                    base = w.cut_base(base, atom, Take(start, local[axis]))
             labels = [
-                (label[0]._replace(size=base.shape[axis]),) if axis in split else label
+                (label[0]._replace(size=local[axis]),) if axis in split else label
                 for axis, label in enumerate(w.labels)
             ]
-            return AdaptedWeight(base, own, shared, keys, values, w.method, tuple(labels), w.path)
+            return AdaptedWeight(base, own, shared, keys, whole(values), w.method, tuple(labels), w.path)
 
-        arrays = w.base, [leaf.array for leaf in leaves], w.keys, w.values
-        return cls(arrays, (spec, [leaf.spec for leaf in leaves], keys_spec, values_spec), rebuild)
+        arrays = w.base, [leaf.array for leaf in leaves], w.keys, given
+        return cls(arrays, (base_spec, [leaf.spec for leaf in leaves], keys_spec, values_spec), rebuild)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,8 +25,9 @@ import jax
 import jax.extend.core as jex
 import numpy as np
 
-from jlora import _compat
-from jlora.weight import IN, AdaptedWeight, Context
+from jlora import _compat, paths
+from jlora.storage import is_stored
+from jlora.weight import IN, AdaptedWeight, Context, Unadapted
 
 
 class MaterializeWarning(UserWarning):
@@ -113,6 +114,11 @@ class Run:
                 f"The effective weight of {w.path!r} {w.shape} was formed for {where!r}, which has no low-rank form "
                 f"with this weight: it costs a temporary of the weight's size, and its gradient a full matrix product."
             )
+            if isinstance(w.method, Unadapted):
+                message = (
+                    f"The quantized weight {w.path!r} {w.shape} was dequantized as a whole for {where!r}, which is no "
+                    "product with its matrices."
+                )
             if self.on_materialize == "error":
                 raise ValueError(
                     message + " It was refused since on_materialize='error'. Leave the path out of the targets, "
@@ -239,8 +245,11 @@ def _is_array(x: Any) -> bool:
 
 
 def trace(fn: Callable, args: tuple, kwargs: dict) -> tuple[jex.ClosedJaxpr, Any, list]:
-    """(jaxpr, tree of results, operands): ``fn`` traced with the bases of adapted weights in their places."""
-    leaves, treedef = jax.tree.flatten((args, kwargs), is_leaf=is_adapted)
+    """(jaxpr, tree of results, operands): ``fn`` traced with arrays in the places of adapted weights. A quantized leaf
+    that nothing adapts becomes a weight whose method is the base's product."""
+    named, treedef = jax.tree.flatten_with_path((args, kwargs), is_leaf=lambda x: is_adapted(x) or is_stored(x))
+    name = lambda keys: paths.path_of(keys[2:] or keys[1:])
+    leaves = [AdaptedWeight.unadapted(leaf, name(keys)) if is_stored(leaf) else leaf for keys, leaf in named]
     operands = [leaf for leaf in leaves if is_adapted(leaf) or _is_array(leaf)]
     where = [i for i, leaf in enumerate(leaves) if is_adapted(leaf) or _is_array(leaf)]
 
@@ -251,9 +260,18 @@ def trace(fn: Callable, args: tuple, kwargs: dict) -> tuple[jex.ClosedJaxpr, Any
         args, kwargs = jax.tree.unflatten(treedef, full)
         return fn(*args, **kwargs)
 
-    bases = [leaf.base if is_adapted(leaf) else leaf for leaf in operands]
-    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*bases)
+    jaxpr, out = jax.make_jaxpr(flat, return_shape=True)(*map(_stand_in, operands))
     return jaxpr, jax.tree.structure(out), operands
+
+
+def _stand_in(x: Any) -> Any:
+    """What the function is traced with in the place of an operand."""
+    if not is_adapted(x):
+        return x
+    if not is_stored(x.base):
+        return x.base
+    kind = jax.typeof(jax.tree.leaves(x.base)[0]).manual_axis_type
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=kind)
 
 
 def run_traced(run: Run, fn: Callable, args: tuple, kwargs: dict) -> Any:
@@ -272,6 +290,9 @@ def lift(
 
     >>> apply = jlora.lift(model.apply)
     >>> logits = apply({"params": adapted.bind(trainable)}, ids)
+
+    Quantized weights (``jlora.quant``) may stand in its arguments as well, adapted or not. Their matrices are formed in
+    the products that use them, for the forward and again for the backward pass, and not kept.
 
     The function stays as it is: what it does with a weight decides how the adaptation is computed. A product, a
     convolution, an embedding lookup or a ragged product takes the method's low-rank path; layout changes, scans, remat,

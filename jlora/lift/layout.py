@@ -1,4 +1,7 @@
-"""Rules for equations that only change how a weight lies: the adapted value is carried along."""
+"""Rules for equations that only change how a weight lies: the adapted value is carried along.
+
+A stored base stays as it is stored: the labels say how the weight lies, and a cast or a cut waits for the product.
+"""
 
 from typing import Any
 
@@ -6,16 +9,36 @@ import jax
 import jax.numpy as jnp
 
 from jlora.lift.core import Run, is_adapted, plain, rule
+from jlora.storage import Take, is_stored
 from jlora.weight import AdaptedWeight
+
+
+def _relaid(eqn: Any, w: AdaptedWeight) -> Any:
+    """The base after an equation that moves its entries and does nothing else."""
+    return w.base if is_stored(w.base) else plain(eqn, [w.base])[0]
 
 
 @rule("convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint", "name", "pvary", "reshard")
 def same_layout(run: Run, eqn: Any, values: list) -> list | None:
     (w,) = values
+    if is_stored(w.base):
+        return _stored_same_layout(eqn, w)
     (base,) = plain(eqn, [w.base])
     if not jnp.issubdtype(base.dtype, jnp.floating):
         return None
     return [w.with_base(base)]
+
+
+def _stored_same_layout(eqn: Any, w: AdaptedWeight) -> list | None:
+    match eqn.primitive.name:
+        case "convert_element_type":
+            dtype = eqn.params["new_dtype"]
+            return [w.cast(dtype)] if jnp.issubdtype(dtype, jnp.floating) else None
+        case "reduce_precision":
+            return None
+        case "pvary":
+            return [w.with_base(jax.tree.map(lambda leaf: plain(eqn, [leaf])[0], w.base))]
+    return [w]  # a name or a sharding is of the weight, and the weight is not formed
 
 
 @rule("stop_gradient")
@@ -25,15 +48,14 @@ def stop_gradient(run: Run, eqn: Any, values: list) -> list | None:
 
 @rule("optimization_barrier")
 def optimization_barrier(run: Run, eqn: Any, values: list) -> list | None:
-    bases = plain(eqn, [v.base if is_adapted(v) else v for v in values])
+    bases = jax.lax.optimization_barrier([v.base if is_adapted(v) else v for v in values])
     return [v.with_base(base) if is_adapted(v) else base for v, base in zip(values, bases, strict=True)]
 
 
 @rule("transpose")
 def transpose(run: Run, eqn: Any, values: list) -> list | None:
     (w,) = values
-    (base,) = plain(eqn, [w.base])
-    return [w.with_base(base, [w.labels[axis] for axis in eqn.params["permutation"]])]
+    return [w.with_base(_relaid(eqn, w), [w.labels[axis] for axis in eqn.params["permutation"]])]
 
 
 @rule("reshape")
@@ -41,16 +63,15 @@ def reshape(run: Run, eqn: Any, values: list) -> list | None:
     w, *rest = values
     if rest or eqn.params["dimensions"] is not None:
         return None
-    (base,) = plain(eqn, [w.base])
-    return _one(w.reshaped(base))
+    reshaped = w.reshaped(_relaid(eqn, w), eqn.params["new_sizes"])
+    return None if reshaped is None else [reshaped]
 
 
 @rule("squeeze")
 def squeeze(run: Run, eqn: Any, values: list) -> list | None:
     (w,) = values
-    (base,) = plain(eqn, [w.base])
     drop = {axis % len(w.shape) for axis in eqn.params["dimensions"]}
-    return [w.with_base(base, [label for axis, label in enumerate(w.labels) if axis not in drop])]
+    return [w.with_base(_relaid(eqn, w), [label for axis, label in enumerate(w.labels) if axis not in drop])]
 
 
 @rule("broadcast_in_dim")
@@ -60,9 +81,8 @@ def broadcast_in_dim(run: Run, eqn: Any, values: list) -> list | None:
     dims, shape = eqn.params["broadcast_dimensions"], eqn.params["shape"]
     if rest or tuple(shape[d] for d in dims) != w.shape or any(s != 1 for d, s in enumerate(shape) if d not in dims):
         return None
-    (base,) = plain(eqn, [w.base])
     at = dict(zip(dims, w.labels, strict=True))
-    return [w.with_base(base, [at.get(axis, ()) for axis in range(len(shape))])]
+    return [w.with_base(_relaid(eqn, w), [at.get(axis, ()) for axis in range(len(shape))])]
 
 
 @rule("slice")
@@ -74,10 +94,7 @@ def slice_(run: Run, eqn: Any, values: list) -> list | None:
     for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
         if (start, limit, stride) == (0, w.shape[axis], 1):
             continue
-        take = lambda leaf, at, start=start, limit=limit, stride=stride: jax.lax.slice_in_dim(
-            leaf, start, limit, stride, axis=at
-        )
-        out = out.sliced(axis, take(out.base, axis), take)
+        out = out.sliced(axis, Take(start, -(-(limit - start) // stride), stride))
         if out is None:
             return None
     return [out]
@@ -92,8 +109,7 @@ def dynamic_slice(run: Run, eqn: Any, values: list) -> list | None:
     for axis, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):
         if size == w.shape[axis]:
             continue
-        take = lambda leaf, at, start=start, size=size: jax.lax.dynamic_slice_in_dim(leaf, start, size, axis=at)
-        out = out.sliced(axis, take(out.base, axis), take)
+        out = out.sliced(axis, Take(jnp.asarray(start), size))
         if out is None:
             return None
     return [out]
@@ -104,14 +120,9 @@ def split(run: Run, eqn: Any, values: list) -> list | None:
     (w,) = values
     axis, parts, start = eqn.params["axis"], [], 0
     for size in eqn.params["sizes"]:
-        take = lambda leaf, at, start=start, size=int(size): jax.lax.slice_in_dim(leaf, start, start + size, axis=at)
-        part = w.sliced(axis, take(w.base, axis), take)
+        part = w.sliced(axis, Take(start, int(size)))
         if part is None:
             return None
         parts.append(part)
         start += int(size)
     return parts
-
-
-def _one(w: AdaptedWeight | None) -> list | None:
-    return None if w is None else [w]

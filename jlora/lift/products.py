@@ -20,7 +20,8 @@ from jaxtyping import Array
 from jlora.factors import Factors
 from jlora.kernels import lora_linear
 from jlora.lift.core import Run, is_adapted, plain, rule
-from jlora.weight import IN, OUT, STACK, AdaptedWeight, Atom, Context, Params
+from jlora.storage import Stored, is_stored
+from jlora.weight import IN, OUT, STACK, AdaptedWeight, Atom, Context, Params, Unadapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,11 @@ class _Branch:
     def per_matrix(self, fn: Callable, w: Array, p: Params) -> Any:
         return fn(w, p)
 
+    def along(self, y: Array, g: Array) -> Array:
+        return g.astype(y.dtype)
+
     def per_output(self, y: Array, g: Array) -> Array:
-        return y * g.astype(y.dtype)
+        return y * self.along(y, g)
 
     def factored(self, x: Array, w: Array, f: Factors, context: Context) -> Array:
         return self(x, w) + self.outer(self.inner(x, f.a) * f.scale, f.b)
@@ -106,6 +110,9 @@ class LinearDot(_Branch):
             b = jax.reshard(b, PartitionSpec(None, self.out_spec[-1]))
         return self._dot(h, b, self.preferred, self.out_spec)
 
+    def mix(self, y: Array, m: Array) -> Array:
+        return self._dot(y, m.astype(y.dtype), None, None)
+
     def factored(self, x: Array, w: Array, f: Factors, context: Context) -> Array:
         if self.out_spec is not None:
             return super().factored(x, w, f, context)
@@ -141,7 +148,10 @@ def dot_general(run: Run, eqn: Any, values: list) -> list | None:
     if not transposed and contracted != set(w.group(IN)):
         return None
     if transposed and w.method.lookup_only:
-        return plain(eqn, [w.base if v is w else v for v in (lhs, rhs)])
+        if not is_stored(w.base):
+            return plain(eqn, [w.base if v is w else v for v in (lhs, rhs)])
+        bare = dataclasses.replace(w, method=Unadapted(), own=Params(), shared=None, keys=None, values=None)
+        w, lhs, rhs = bare, bare if w is lhs else lhs, bare if w is rhs else rhs
 
     # The activation as [*stack, ..., contracted], in canonical order.
     n_free = len(x.shape) - len(xc) - len(xb)
@@ -187,14 +197,41 @@ def _apply(run: Run, w: AdaptedWeight, dot: Any, x: Array, transposed: bool, bat
     in_axes = tuple(0 if atom in batched else None for atom in w.group(STACK))
     # Values that jit does not take (strings, say) are rare: they cost a trace for each use.
     forward = _forward if all(isinstance(v, jax.Array) for v in jax.tree.leaves(w.values)) else _forward.__wrapped__
-    y, aux = forward(w.method, dot, transposed, in_axes, x, w.canonical(), w.own, w.shared, ctx)
+    base = w.base if is_stored(w.base) else w.canonical()
+    y, aux = forward(w.method, dot, transposed, in_axes, x, base, w.own, w.shared, ctx)
+    run.report(w.path, aux)
+    return y
+
+
+def _with_matrices(forward: Callable, x: Array, base: Array | Stored, own: Params, key: Any) -> tuple[Array, Any]:
+    """``forward(x, matrices, own, key)``. What is stored gives its matrices here, and once more for the backward pass:
+    between the two only what is stored is kept, or a scan over layers would keep the matrices of all of them."""
+    if not is_stored(base):
+        return forward(x, base, own, key)
+    return jax.checkpoint(lambda x, base, own, key: forward(x, base.canonical(), own, key))(x, base, own, key)
+
+
+def _consume(run: Run, w: AdaptedWeight, x: Array, forward: Callable) -> Array:
+    """``forward(x, canonical weight, params, context)`` of a method, outside of what ``_forward`` maps."""
+    ctx = run.context(w)
+    base = w.base if is_stored(w.base) else w.canonical()
+    call = lambda x, base, own, key: forward(x, base, own._replace(shared=w.shared), dataclasses.replace(ctx, key=key))
+    y, aux = _with_matrices(call, x, base, w.own, ctx.key)
     run.report(w.path, aux)
     return y
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _forward(
-    method: Any, dot: Any, transposed: bool, in_axes: tuple, x: Array, w: Array, own: Params, shared: Any, ctx: Context
+    method: Any,
+    dot: Any,
+    transposed: bool,
+    in_axes: tuple,
+    x: Array,
+    base: Array | Stored,
+    own: Params,
+    shared: Any,
+    ctx: Context,
 ) -> tuple[Array, Any]:
     """One product of a weight. Jitted, so that the layers of an unrolled model, which have the same shapes, are traced,
     differentiated and lowered once."""
@@ -205,9 +242,10 @@ def _forward(
             return method.forward_transposed(dot, x, w.T, p, c), None
         return method.forward(dot, x, w, p, c)
 
+    fn = functools.partial(_with_matrices, one)
     for axis in reversed(in_axes):
-        one = jax.vmap(one, in_axes=(axis, 0, 0, 0))
-    return one(x, w, own, ctx.key)
+        fn = jax.vmap(fn, in_axes=(axis, 0, 0, 0))
+    return fn(x, base, own, ctx.key)
 
 
 def _to_canonical(x: Array, start: int, labels: Sequence[tuple[Atom, ...]], flatten: bool) -> Array:
@@ -266,9 +304,11 @@ class RaggedDot(_Branch):
     def per_matrix(self, fn: Callable, w: Array, p: Params) -> Any:
         return jax.vmap(lambda w, own: fn(w, own._replace(shared=p.shared)))(w, p._replace(shared=None))
 
-    def per_output(self, y: Array, g: Array) -> Array:
-        rows = jnp.repeat(g.astype(y.dtype), self.group_sizes, axis=0, total_repeat_length=y.shape[0])
-        return y * rows
+    def along(self, y: Array, g: Array) -> Array:
+        return jnp.repeat(g.astype(y.dtype), self.group_sizes, axis=0, total_repeat_length=y.shape[0])
+
+    def mix(self, y: Array, m: Array) -> Array:
+        return self._dot(y, m.astype(y.dtype), None)
 
 
 @rule("ragged_dot_general", "ragged_dot")
@@ -289,12 +329,13 @@ def ragged_dot(run: Run, eqn: Any, values: list) -> list | None:
     groups = [set(_atoms(w, (axis,))) for axis in range(3)]
     if groups != [set(w.group(STACK)), set(w.group(IN)), set(w.group(OUT))] or len(w.stack_shape) != 1:
         return None
-    ctx = run.context(w)
-    ctx = dataclasses.replace(ctx, key=None if ctx.key is None else ctx.key[0])
     dot = RaggedDot(group_sizes, eqn.params["precision"], eqn.params["preferred_element_type"])
-    y, aux = w.method.forward(dot, x, w.canonical(), w.params(), ctx)
-    run.report(w.path, aux)
-    return [y]
+
+    def forward(x: Array, base: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
+        one_key = dataclasses.replace(ctx, key=None if ctx.key is None else ctx.key[0])
+        return w.method.forward(dot, x, base, p, one_key)
+
+    return [_consume(run, w, x, forward)]
 
 
 # Convolutions.
@@ -309,7 +350,7 @@ class ConvDot(_Branch):
     params: dict[str, Any]
     kind: str = "conv"
 
-    def _conv(self, x: Array, kernel: Array, preferred: Any) -> Array:
+    def _conv(self, x: Array, kernel: Array, preferred: Any, groups: int | None = None) -> Array:
         p = self.params
         return lax.conv_general_dilated(
             x,
@@ -319,7 +360,7 @@ class ConvDot(_Branch):
             lhs_dilation=p["lhs_dilation"],
             rhs_dilation=p["rhs_dilation"],
             dimension_numbers=p["dimension_numbers"],
-            feature_group_count=p["feature_group_count"],
+            feature_group_count=p["feature_group_count"] if groups is None else groups,
             precision=p["precision"],
             preferred_element_type=preferred,
         )
@@ -330,7 +371,8 @@ class ConvDot(_Branch):
         return self.params["dimension_numbers"].out_spec[1]
 
     def __call__(self, x: Array, w: Array) -> Array:
-        kernel = self.weight.base if w is self.canonical else self._kernel(w)
+        kept = w is self.canonical and not is_stored(self.weight.base)
+        kernel = self.weight.base if kept else self._kernel(w)
         return self._conv(x, kernel, self.params["preferred_element_type"])
 
     def _kernel(self, w: Array) -> Array:
@@ -362,10 +404,45 @@ class ConvDot(_Branch):
         )
         return jnp.moveaxis(y.reshape(*y.shape[:-2], n_out), -1, self._features)
 
-    def per_output(self, y: Array, g: Array) -> Array:
+    def along(self, y: Array, g: Array) -> Array:
         shape = [1] * y.ndim
-        shape[self._features] = g.shape[0]
-        return y * g.astype(y.dtype).reshape(shape)
+        shape[self._features] = y.shape[self._features]
+        return jnp.tile(g.astype(y.dtype), y.shape[self._features] // g.shape[0]).reshape(shape)
+
+    def mix(self, y: Array, m: Array, axis: int | None = None) -> Array:
+        axis = self._features if axis is None else axis
+        y = jnp.moveaxis(y, axis, -1)
+        parts = y.reshape(*y.shape[:-1], -1, m.shape[0])
+        parts = jnp.einsum("...gk,kl->...gl", parts, m.astype(y.dtype), precision=self.params["precision"])
+        return jnp.moveaxis(parts.reshape(*y.shape[:-1], -1), -1, axis)
+
+    @property
+    def features_axis(self) -> int | None:
+        """Which of the weight's input axes, in canonical order, holds the features. None where the model's code has
+        cut or merged these axes."""
+        labels = [self.weight.labels[axis] for axis in self.params["dimension_numbers"].rhs_spec[1:]]
+        inputs = self.weight.group(IN)
+        if any(len(label) != 1 for label in labels) or any(len(atom.pos) != 1 for atom in inputs):
+            return None
+        return inputs.index(labels[0][0])
+
+    def staged(self, x: Array, a: Array, core: Array) -> Array | None:
+        """``inner`` in two steps: x times ``a`` [features, n] at every place, then a convolution of the n features with
+        ``core`` [*window, q, r], in groups of q and with r results for all of them. The window's axes are in canonical
+        order. None where the one convolution costs less."""
+        numbers, groups = self.params["dimension_numbers"], self.params["feature_group_count"]
+        (features, n), (*window, q, r) = a.shape, core.shape
+        places = math.prod(self.params["window_strides"]) / math.prod(self.params["lhs_dilation"])  # of x, for a result
+        if places * a.size + core.size >= features * math.prod(window) * r:
+            return None
+        h = self.mix(x, a, numbers.lhs_spec[1])
+        out_axis, in_axis, *spatial = numbers.rhs_spec
+        inputs = self.weight.group(IN)
+        inputs.pop(self.features_axis)
+        order = {out_axis: len(window) + 1, in_axis: len(window)}
+        order |= {axis: inputs.index(self.weight.labels[axis][0]) for axis in spatial}
+        kernel = jnp.tile(core.astype(x.dtype), groups).transpose([order[axis] for axis in range(core.ndim)])
+        return self._conv(h, kernel, None, groups * n // q)
 
 
 @rule("conv_general_dilated")
@@ -382,10 +459,8 @@ def conv_general_dilated(run: Run, eqn: Any, values: list) -> list | None:
     fits = set(_atoms(w, (out_axis,))) == set(w.group(OUT)) and set(_atoms(w, in_axes)) == set(w.group(IN))
     if not fits or w.stack_shape or eqn.params["batch_group_count"] != 1:
         return None
-    canonical = w.canonical()
-    y, aux = w.method.forward(ConvDot(w, canonical, eqn.params), x, canonical, w.params(), run.context(w))
-    run.report(w.path, aux)
-    return [y]
+    forward = lambda x, base, p, ctx: w.method.forward(ConvDot(w, base, eqn.params), x, base, p, ctx)
+    return [_consume(run, w, x, forward)]
 
 
 # Embedding lookups.
@@ -393,19 +468,26 @@ def conv_general_dilated(run: Run, eqn: Any, values: list) -> list | None:
 
 @dataclasses.dataclass(frozen=True)
 class LookupDot(_Branch):
-    """Row lookup: x holds row numbers [..., 1]; out-of-bounds rows are treated as the model's gather treats them."""
+    """Row lookup: x holds row numbers [..., 1]; out-of-bounds rows are treated as the model's gather treats them.
+
+    ``stored``, ``table``: where the base is stored, and the matrix that the method is shown for it: of that one, only
+    the rows looked up are formed.
+    """
 
     params: dict[str, Any]
+    stored: Stored | None = None
+    table: Array | None = None
     kind: str = "lookup"
 
     def _rows(self, ids: Array, table: Array, fill: Any) -> Array:
         n = ids.ndim - 1
-        numbers = lax.GatherDimensionNumbers(offset_dims=(n,), collapsed_slice_dims=(0,), start_index_map=(0,))
+        offset = tuple(range(n, n + table.ndim - 1))
+        numbers = lax.GatherDimensionNumbers(offset_dims=offset, collapsed_slice_dims=(0,), start_index_map=(0,))
         return lax.gather(
             table,
             ids,
             numbers,
-            slice_sizes=(1, table.shape[1]),
+            slice_sizes=(1, *table.shape[1:]),
             indices_are_sorted=self.params["indices_are_sorted"],
             unique_indices=self.params["unique_indices"],
             mode=self.params["mode"],
@@ -413,13 +495,21 @@ class LookupDot(_Branch):
         )
 
     def __call__(self, ids: Array, w: Array) -> Array:
-        return self._rows(ids, w, self.params["fill_value"])
+        rows = self.stored.rows(lambda part: self._rows(ids, part, 0)) if w is self.table and self.stored else None
+        if rows is None:
+            return self._rows(ids, w, self.params["fill_value"])
+        if self.params["mode"] != lax.GatherScatterMode.FILL_OR_DROP:
+            return rows
+        fill = self._rows(ids, jnp.zeros((w.shape[0], 1), rows.dtype), self.params["fill_value"])  # 0 where it is a row
+        return jnp.where(fill == 0, rows, fill)
 
     def inner(self, ids: Array, a: Array) -> Array:
         return self._rows(ids, a, 0)  # the base's row already carries the fill
 
     def outer(self, h: Array, b: Array) -> Array:
         return h @ b.astype(h.dtype)
+
+    mix = outer  # a looked up row is an activation like any other
 
     def factored(self, ids: Array, w: Array, f: Factors, context: Context) -> Array:
         return self(ids, w) + (self.outer(self.inner(ids, f.a), f.b) * f.scale).astype(w.dtype)
@@ -442,9 +532,9 @@ def gather(run: Run, eqn: Any, values: list) -> list | None:
         return plain(eqn, [w.base, ids])
     if set(_atoms(w, (axis,))) != set(w.group(IN)) or w.stack_shape:
         return None
-    dot = LookupDot(eqn.params)
-    y, aux = w.method.forward(dot, ids, w.canonical(), w.params(), run.context(w))
-    run.report(w.path, aux)
+    stored = w.base if is_stored(w.base) else None
+    forward = lambda ids, base, p, ctx: w.method.forward(LookupDot(eqn.params, stored, base), ids, base, p, ctx)
+    y = _consume(run, w, ids, forward)
     y = _from_canonical(y, y.ndim - 1, [w.labels[a] for a in rest], [w.shape[a] for a in rest])
     n = ids.ndim - 1
     return [jnp.moveaxis(y, range(n, y.ndim), numbers.offset_dims)]

@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from jlora import paths
 from jlora.lift.core import Run, _is_array, run_traced
 from jlora.lift.products import Use
+from jlora.storage import is_stored
 from jlora.weight import AdaptedWeight, Atom, Axes, Params
 
 _KINDS = {"linear": "linear", "ragged": "linear", "conv": "conv", "lookup": "embedding"}
@@ -58,6 +59,8 @@ def usage(fn: Callable, params: PyTree, *args: Any, **kwargs: Any) -> dict[str, 
     Returns:
       ``{path: LeafUsage}`` of the leaves with two and more axes that some product, convolution or lookup uses.
     """
+    shapes = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if is_stored(x) else x
+    params, args, kwargs = jax.tree.map(shapes, (params, args, kwargs), is_leaf=is_stored)
     named, treedef = paths.flatten(params)
     ranks = {path: len(leaf.shape) for path, leaf in named if _is_array(leaf) and len(leaf.shape) > 1}
     uses: dict[str, list[Use]] = {}

@@ -13,6 +13,7 @@ mapped over by the caller. Shapes below leave the stack axes out.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -49,12 +50,16 @@ class Site:
         return math.prod(self.canonical_shape[0])
 
     @property
-    def window(self) -> tuple[int, int, int]:
-        """The inputs of a convolution as (window axes before the features, features, window axes after them). The
-        features are taken to be the input axis beside the outputs, as in HWIO and OIHW."""
+    def features_axis(self) -> int:
+        """Which of a convolution's input axes holds the features. It is taken to be the one beside the outputs, as in
+        HWIO and OIHW."""
         inputs, (output, *_) = self.axes.inputs, self.axes.outputs
-        at = min(range(len(inputs)), key=lambda i: abs(inputs[i] - output))
-        sizes = [self.shape[axis] for axis in inputs]
+        return min(range(len(inputs)), key=lambda i: abs(inputs[i] - output))
+
+    @property
+    def window(self) -> tuple[int, int, int]:
+        """The inputs of a convolution as (window axes before the features, features, window axes after them)."""
+        sizes, at = [self.shape[axis] for axis in self.axes.inputs], self.features_axis
         return math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :])
 
 
@@ -70,6 +75,11 @@ class Method:
       lookup_only: adapt only the lookups of an embedding, not its use as an output head.
       group: name of the parameters shared by all leaves of this method, or None.
       dropout: rate on the input of a factored branch; active exactly when the tree was bound with a key.
+      draws: the forward pass draws random numbers where the tree was bound with a key, without dropout, too.
+      needs_weights: what the group shares follows from its weights, and the start of a leaf from both: ``init_shared``
+        is given ``weights``, {path: [*stack, in, out]}, and ``init`` what it made, as ``shared``.
+      follows_weight: what a bias becomes (``follow``) depends on the weight, too, which is then beside the parameters,
+        ``"weight"``.
       model_key: hand the key that the tree was bound with to the method as the context's ``values["key"]``, for what is
         drawn once for the whole model. ``Context.key`` is another one for every matrix and use.
     """
@@ -80,7 +90,10 @@ class Method:
     lookup_only: ClassVar[bool] = False
     group: ClassVar[str | None] = None
     dropout: ClassVar[float] = 0.0
+    needs_weights: ClassVar[bool] = False
+    follows_weight: ClassVar[bool] = False
     model_key: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     # Creation.
 
@@ -120,6 +133,11 @@ class Method:
 
     # Use.
 
+    def enter(self, path: str, site: Site, p: Params, values: dict[str, Any]) -> tuple[Params, dict[str, Any]]:
+        """The parameters of a leaf, ``[*stack, ...]``, and the values of a context, as they go into the model. A scan
+        slices parameters and not values: of a method that takes values for each matrix, they join ``p.frozen`` here."""
+        return p, values
+
     def factors(self, w: Float[Array, "in out"], p: Params) -> Factors | None:
         """The pair whose product is added to the weight (w is there for its shape). Factored methods override this."""
 
@@ -128,11 +146,25 @@ class Method:
 
     def weight(self, w: Float[Array, "in out"], p: Params) -> Float[Array, "in out"]:
         """The effective weight, in the dtype of w. Weight-space methods override this."""
+        if not self.mergeable:
+            raise ValueError(
+                f"{self.name} acts on activations: there is no weight that does what it does. The model uses the "
+                "adapted leaf otherwise than in products with the whole of it (a slice, a transpose, arithmetic on the "
+                "weight itself); leave the leaf out of the targets."
+            )
         f, gain = self.factors(w, p), self.output_gain(w, p)
         if f is None:
             raise NotImplementedError(f"{type(self).__name__} defines neither factors nor weight.")
         w = w + f.scale * (f.a.astype(w.dtype) @ f.b.astype(w.dtype))
         return w if gain is None else w * gain.astype(w.dtype)
+
+    def follow(self, b: Float[Array, "1 out"], p: Params) -> Float[Array, "1 out"]:
+        """A bias changed as the outputs of the weight are (``Follow``): by default as one more row of inputs."""
+        return self.weight(b, p)
+
+    def weight_in(self, w: Float[Array, "in out"], p: Params, values: Mapping[str, Any]) -> Float[Array, "in out"]:
+        """The effective weight with these ``values`` of a context. Methods that take some override this."""
+        return self.weight(w, p)
 
     def forward(self, dot: Dot, x: Array, w: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
         """(x times the effective weight, what the method reports or None)."""

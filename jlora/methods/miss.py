@@ -7,9 +7,9 @@ Block-Affine Adaptation of Large Language Models). https://arxiv.org/abs/2409.15
 
 .. math::  \text{Bat:}\quad W'_{ac} = (I + D_c)\, W_{ac} + D_c, \qquad W_{ac} \text{ a block of } r \times r
 
-x [..., in], W [in, out] frozen, u [..., r]. MiSS: D [r, out] trained, r out a matrix; or, with ``mini``, d [r, mini]
-that is repeated out / mini times along the outputs, r mini a matrix. Bat: D_c [r, r] for each of the out / r block
-columns c, r out a matrix. D starts at zero, so the output starts as the base's. There is no scale.
+x [..., in], W [in, out] frozen, u [..., r]. MiSS: D [r, out] trained; or, with ``mini``, d [r, mini] that is repeated
+out / mini times along the outputs. Bat: D_c [r, r] for each of the out / r block columns c. Trained: r out a matrix, or
+r mini. D starts at zero, so the output starts as the base's. There is no scale.
 
 * MiSS is LoRA with a frozen A of zeros and ones, A[i, q] = 1 where i = q modulo r, that exists nowhere: u is a sum of
   slices of x. It takes 2 T r out FLOPs for T tokens and is a plain pair of LoRA with that A. r need not divide in.

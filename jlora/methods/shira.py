@@ -44,6 +44,16 @@ def places(mask: Bool[Array, "in out"], count: int) -> Int[Array, "2 count"]:
     return jnp.where(k < jnp.count_nonzero(mask), found, nowhere)
 
 
+def scatter(w: Float[Array, "in out"], at: Int[Array, "2 k"], values: Float[Array, " k"]) -> Float[Array, "in out"]:
+    """``w`` with the values added at places that are different and in order."""
+    rows, columns = at
+    spec = jax.typeof(w).sharding.spec
+    sharding = None if all(axis is None for axis in spec) else PartitionSpec(*spec)
+    return w.at[rows, columns].add(
+        values.astype(w.dtype), mode="drop", indices_are_sorted=True, unique_indices=True, out_sharding=sharding
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class SHiRA(Method):
     """Sparse high-rank adaptation. The formula and shapes are at the top of this file.
@@ -94,13 +104,7 @@ class SHiRA(Method):
         return Params(trainable={"values": "_"}, frozen={"places": "_ _"})
 
     def weight(self, w: Float[Array, "in out"], p: Params) -> Float[Array, "in out"]:
-        rows, columns = p.frozen["places"]
-        values = (self.scale * p.trainable["values"]).astype(w.dtype)
-        spec = jax.typeof(w).sharding.spec
-        sharding = None if all(axis is None for axis in spec) else PartitionSpec(*spec)
-        return w.at[rows, columns].add(
-            values, mode="drop", indices_are_sorted=True, unique_indices=True, out_sharding=sharding
-        )
+        return scatter(w, p.frozen["places"], self.scale * p.trainable["values"])
 
     def describe(self) -> dict[str, str]:
         return {"rank": str(self.rank), "scale": f"{self.scale:g}"}

@@ -3,7 +3,8 @@ r"""Trainable tokens: some rows of an embedding are trained, the others are not.
 .. math::  W'_{v:} = R_{k:} \text{ if } v \text{ is the } k\text{-th index, else } W_{v:}
 
 W [in, out] the table (in the vocabulary) frozen, R [n, out] trained. Trained: n out a table. PEFT's
-``trainable_token_indices`` and its method of the same name.
+``trainable_token_indices`` and its method of the same name,
+https://huggingface.co/docs/peft/package_reference/trainable_tokens.
 
 * R starts as the rows that it replaces.
 * Lookups and a tied head both see the new rows. Neither forms a second table: a lookup takes its rows from one of the

@@ -1,6 +1,18 @@
-"""Methods that replace a leaf as a whole, whatever its shape: biases, norms, heads, embeddings.
+r"""Methods that replace a leaf as a whole, whatever its shape: biases, norms, heads, embeddings.
+
+BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked Language-models (``Full`` on biases). Ben
+Zaken, Ravfogel and Goldberg, 2021. https://arxiv.org/abs/2106.10199
+Tuning LayerNorm in Attention: Towards Efficient Multi-Modal LLM Finetuning (``Full`` on norms). Zhao et al., 2023.
+https://arxiv.org/abs/2312.11420
+
+.. math::  \text{Full: } w' = v, \qquad \text{Offset: } w' = w + s\,\delta
+
+w, of any shape, frozen; v or delta, of the same shape, trained. Trained: the leaf's size.
 
 They need no interpreter: ``bind`` puts the effective leaf where the leaf was.
+
+When to use them: beside adapters, for the small leaves that adapters pass over, or for a head that is new. On all
+leaves ``Full`` is full fine-tuning, with its cost.
 """
 
 import dataclasses
@@ -55,6 +67,10 @@ class Follow(Method):
 
     whole_leaf = True
 
+    @property
+    def follows_weight(self) -> bool:
+        return self.method.follows_weight
+
     def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
         return Params()
 
@@ -62,7 +78,7 @@ class Follow(Method):
         return 0
 
     def weight(self, w: Array, p: Params) -> Array:
-        fn = lambda row, own: self.method.weight(row, Params(trainable=own))
+        fn = lambda row, own: self.method.follow(row, Params(trainable=own))
         for _ in range(self.n_stack):
             fn = jax.vmap(fn)
         return fn(w.reshape(*w.shape[: self.n_stack], 1, -1), p.shared).reshape(w.shape).astype(w.dtype)
@@ -72,7 +88,13 @@ class Follow(Method):
 class Offset(Method):
     """Train a difference: leaf + scale * delta, delta starting at zero. PEFT's ``lora_bias`` is this on a bias.
 
+    So is BEFT, on the biases of the values, ``{"**/v_proj/bias": Offset()}`` (BEFT: Bias-Efficient Fine-Tuning of
+    Language Models. Huang et al., 2025. https://arxiv.org/abs/2509.15974), and PEFT's files of it are read as that.
+
     Parameters of a leaf: trainable ``{"delta": an array of the leaf's shape}``. Trained: the leaf's size.
+
+    Attributes:
+      scale: what multiplies delta.
     """
 
     scale: float = 1.0

@@ -1,9 +1,11 @@
 """Smaller adapters out of trained ones, outside of jit: what is not wanted any more is dropped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from jlora.adapt import Adapted
 from jlora.methods.base import Method, Site
+from jlora.methods.branches import Branches
 from jlora.methods.lora import LoRA
 from jlora.methods.nested import Nested
 from jlora.methods.sora import SoRA
@@ -23,6 +25,16 @@ def prune(adapted: Adapted) -> Adapted:
     """``SoRA`` adapters as plain LoRA of the ranks whose gate is not zero, exactly. A leaf without any is not adapted
     any more. Leaves with other methods stay as they are."""
     return _each(adapted, SoRA, lambda method, p: method.pruned(p), "prune", "SoRA")
+
+
+def choose(adapted: Adapted, context: Mapping[str, Any]) -> Adapted:
+    """Adapters with several branches (``MTLoRA``, ``ViDA``, ``MarkBoard``, ``MTSK``, ``LoLA``, ``XLoRA``) as the plain
+    LoRA that a context chooses, and what ``bind(context=context)`` computes. A leaf where no branch acts is not adapted
+    any more. Leaves with other methods stay as they are.
+
+    >>> jlora.merge(jlora.rank.choose(adapted, {"task": "depth"}))
+    """
+    return _each(adapted, Branches, lambda method, p: method.chosen(p, context), "choose", "a method with branches")
 
 
 def _each(

@@ -120,7 +120,7 @@ def test_start_depends_on_the_path_alone(row: Row) -> None:
     more = model_params() | {"aaa": {"kernel": jnp.ones((8, 24))}, "zzz": {"kernel": jnp.ones((24, 8))}}
     narrow = adapt_model(row)
     wide = jlora.adapt(more, row.method, "layers/kernel" if row.stacked else "**", axes=AXES, key=jax.random.key(0))
-    for path in narrow.sites:
+    for path in narrow.sites if not row.method.needs_weights else ():  # then it depends on the group's weights
         assert_close(wide.trainable[path], narrow.trainable[path], 0.0)
     again, other = adapt_model(row), adapt_model(row, key=jax.random.key(1))
     assert_close(again.trainable, narrow.trainable, 0.0)

@@ -98,8 +98,9 @@ def test_gradients_of_every_example(row: Row, case) -> None:
     adapted, _ = case(row.name)
     loss = lambda trainable, x: jnp.sum(jnp.sin(lifted(adapted.bind(trainable), x)))
     each = jax.jit(jax.vmap(jax.grad(loss), in_axes=(None, 0)))(adapted.trainable, inputs())
-    together, _ = merged_gradients(adapted, adapted.trainable, inputs())
-    assert_close(jax.tree.map(lambda g: g.sum(0), each), together)
+    parts = list(inputs()) if row.batchwise else [inputs()]
+    gradients = [merged_gradients(adapted, adapted.trainable, part)[0] for part in parts]
+    assert_close(jax.tree.map(lambda g: g.sum(0), each), jax.tree.map(lambda *g: sum(g), *gradients))
 
 
 @over_products

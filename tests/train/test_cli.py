@@ -137,6 +137,26 @@ def test_convert_takes_newest_best_or_a_step(run, tmp_path, capsys):
     assert "no checkpoint '7'" in capsys.readouterr().err
 
 
+def test_convert_to_plain_lora(tiny_options, compile_once, tmp_path, capsys):
+    options = [*tiny_options, "--method", "dora", "--steps", "3", "--out", str(tmp_path / "run"), "--no-generate"]
+    assert main(options) == 0
+    capsys.readouterr()
+    convert = ["convert", str(tmp_path / "run"), "--to", "lora", "--rank"]
+    for rank, name in (("100", "all"), ("0.5", "half")):
+        assert main([*convert, rank, "--out", str(tmp_path / name)]) == 0
+        assert "DoRA" in capsys.readouterr().out
+    losses = {}
+    for adapter in ("run/adapter", "all", "half"):
+        assert main(["evaluate", "--adapter", str(tmp_path / adapter), "--limit", "8", "--no-generate"]) == 0
+        losses[adapter] = capsys.readouterr().out.partition("held-out loss ")[2].split()[0]
+    assert losses["all"] == losses["run/adapter"] != losses["half"]
+    config = json.loads((tmp_path / "half" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA" and not config["use_dora"]
+    for wrong, message in ((["--to", "lora"], "go together"), (["--to", "lora", "--rank", "0"], "rank=0")):
+        assert main(["convert", str(tmp_path / "run"), "--out", str(tmp_path / "x"), *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
 BAD_OPTIONS = {
     "rank zero": (["--rank", "0"], "rank"),
     "rank negative": (["--rank", "-3"], "rank"),

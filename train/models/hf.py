@@ -1,16 +1,17 @@
 """Checkpoints in the Hugging Face layout: config.json and safetensors, to and from stacked parameter trees.
 
 The module's own tree decides what must be in the files. A path becomes a tensor name by one rule: "/" becomes ".", the
-layer index goes after "layers", and the leaf's name becomes "weight" ("bias" stays). A `kernel` [in, out] is stored
-as [out, in].
+layer index goes after "layers" (or "layer", or "h"), and `kernel`, `embedding` and `scale` become "weight". A `kernel`
+[in, out] is stored as [out, in], one of a convolution [*window, in, out] as [out, in, *window]. Where the files of a
+family differ from the rule, its `Layout` says how.
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,88 +20,199 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
-
-from jlora.train.models.layers import DecoderConfig, RopeScaling
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 4 * 2**30
 # Tensors some exporters write that hold nothing of their own.
 _REDUNDANT = ("rotary_emb.inv_freq",)
+# Segments of a path that a layer's number follows, and leaves that the files call otherwise.
+_STACKS = ("layers", "layer", "h")
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+
+
+Index = tuple[int | slice, ...]
+
+
+# Entries of config.json that have no part in what a model computes.
+_ELSEWHERE = {
+    "model_type", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype", "use_cache",
+    "cache_implementation", "pretraining_tp", "attention_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout",
+    "id2label", "label2id", "num_labels", "problem_type", "task_specific_params", "finetuning_task", "return_dict",
+    "output_router_logits", "router_aux_loss_coef", "max_length", "min_length", "temperature", "top_k", "top_p",
+    "repetition_penalty", "length_penalty", "num_beams", "num_return_sequences", "chunk_size_feed_forward", "prefix",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attn_pdrop", "summary_first_dropout",
+    "gradient_checkpointing", "output_past", "output_attentions", "output_hidden_states", "torchscript",
+    "unsloth_version", "unsloth_fixed",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where the files of a family differ from the rule of this module. Patterns are regular expressions.
+
+    Attributes:
+      renames: (pattern, replacement) pairs, from the name by the rule to the one in the files.
+      spellings: the same, from names that older writers used to those in the files.
+      prefix: what the names of a model with a head begin with, and those of the bare model lack. Files of one are read
+        for the other.
+      in_out: paths whose kernels are stored [in, out], too.
+      redundant: names of tensors that the module can do without.
+      new_head: paths of what a new classification head has of its own, to be drawn where the files lack it.
+      experts: (leaf, names) pairs: a leaf [layers, experts, in, out] of a module `experts`, of which the files hold a
+        tensor for each expert and each of the names, whose outputs lie side by side in the leaf.
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
+    prefix: str = ""
+    in_out: str | None = None
+    redundant: str | None = None
+    new_head: str | None = None
+    experts: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+    def pieces(self, path: str, shape: tuple[int, ...]) -> list[tuple[str, Index]]:
+        """The tensors that the leaf at `path` is made of: names in the files, and where in the leaf each one lies."""
+        names, parts = tensor_names(path, shape), self._parts(path)
+        if parts:
+            n = shape[-1] // len(parts)
+            found = [
+                (f"{name.rpartition('.')[0]}.{e}.{part}.weight", (i, e, slice(None), slice(k * n, (k + 1) * n)))
+                for i, name in enumerate(names)
+                for e in range(shape[1])
+                for k, part in enumerate(parts)
+            ]
+        else:
+            found = [(name, (i,) if _stacked(path) else ()) for i, name in enumerate(names)]
+        return [(_replaced(name, self.renames), index) for name, index in found]
+
+    def _parts(self, path: str) -> tuple[str, ...]:
+        *_, module, leaf = ("", *path.split("/"))
+        return dict(self.experts).get(leaf, ()) if module == "experts" else ()
+
+    def to_file(self, path: str, tensor: np.ndarray) -> np.ndarray:
+        """A piece of a leaf as it is stored: a view."""
+        if not self._turned(path):
+            return tensor
+        return tensor.transpose(tensor.ndim - 1, tensor.ndim - 2, *range(tensor.ndim - 2))
+
+    def from_file(self, path: str, tensor: np.ndarray) -> np.ndarray:
+        """The inverse of `to_file`."""
+        return tensor.transpose(*range(2, tensor.ndim), 1, 0) if self._turned(path) else tensor
+
+    def stored_shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in the files of a piece of this shape."""
+        return (*shape[:-3:-1], *shape[:-2]) if self._turned(path) else shape
+
+    def _turned(self, path: str) -> bool:
+        kernel = path.endswith("/kernel") or bool(self._parts(path))
+        return kernel and not (self.in_out and re.search(self.in_out, path))
+
+    def resolve(self, found: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+        """{name: name in the files}: names that are wanted if a spelling of them is, and the others as they are."""
+        wanted = set(wanted)
+        resolved = {}
+        for name in found:
+            plain = _replaced(name, self.spellings)
+            spellings = (plain, self.prefix + plain, plain.removeprefix(self.prefix))
+            resolved[next((s for s in spellings if s in wanted), name)] = name
+        return resolved
+
+    def needless(self, name: str) -> bool:
+        """Whether a tensor that the module does not have may be passed over."""
+        return name.endswith(_REDUNDANT) or bool(self.redundant and re.search(self.redundant, name))
+
+
+def _replaced(name: str, pairs: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in pairs:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def token_ids(config: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The inputs of a language model, to trace it with."""
+    return (jax.ShapeDtypeStruct((1, 8), jnp.int32),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What is particular to one `model_type`: how its config.json is read, and the module it describes."""
+    """What is particular to one `model_type`: how its config.json is read, the module it describes, and its files.
+
+    `inputs` gives the shapes of an example of what the module is called with, `targets` are the patterns of the leaves
+    to adapt when none are chosen.
+    """
 
     model_type: str
-    config: Callable[[dict[str, Any]], DecoderConfig]
+    config: Callable[[dict[str, Any]], Any]
     module: Callable[..., nn.Module]
+    layout: Layout = Layout()
+    inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]] = token_ids
+    targets: tuple[str, ...] = ("all-linear",)
 
 
-def decoder_config(source: dict[str, Any], **switches: bool) -> DecoderConfig:
-    """The fields that all families of the Llama kind share; `switches` are the ones that config.json does not name."""
-
-    need = functools.partial(_need, source)
-    if source.get("hidden_act", "silu") != "silu":
-        raise ValueError(f"hidden_act is {source['hidden_act']!r}; only 'silu' is built")
-    heads = need("num_attention_heads")
-    rope = source.get("rope_parameters") or source.get("rope_scaling") or {}
-    return DecoderConfig(
-        vocab_size=need("vocab_size"),
-        hidden_size=need("hidden_size"),
-        intermediate_size=need("intermediate_size"),
-        num_layers=need("num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=source.get("num_key_value_heads") or heads,
-        head_dim=source.get("head_dim") or need("hidden_size") // heads,
-        max_positions=source.get("max_position_embeddings", 2048),
-        norm_eps=source.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta") or source.get("rope_theta", 10000.0)),
-        rope_scaling=_rope_scaling(rope),
-        tie_embeddings=source.get("tie_word_embeddings", False),
-        init_range=source.get("initializer_range", 0.02),
-        **switches,
-    )
-
-
-def _need(source: dict[str, Any], key: str) -> Any:
+def needed(source: dict[str, Any], key: str) -> Any:
+    """An entry that config.json must have."""
     if key not in source:
         raise ValueError(f"no {key!r} among its keys {sorted(source)}")
     return source[key]
 
 
-def _rope_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling(kind, _need(rope, "factor"))
-    if kind == "llama3":
-        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return RopeScaling(kind, *(_need(rope, key) for key in keys))
-    raise ValueError(f"rope type {kind!r} is not built; known are 'default', 'linear' and 'llama3'")
+def refuse_unknown(source: dict[str, Any], read: Iterable[str]) -> None:
+    """An error for entries of config.json that nobody reads and that may change what the model computes.
+
+    Let pass are empty ones, and those that are known to concern something else, such as rates of dropout.
+    """
+    known = _ELSEWHERE | set(read)
+    told = lambda key: key in known or key.startswith("_") or key.endswith(("_token_id", "_token_ids"))
+    unknown = {key: value for key, value in source.items() if value and not told(key)}
+    if "quantization_config" in unknown:
+        raise ValueError("the checkpoint is quantized (quantization_config), and such files are not read here")
+    if unknown:
+        listed = ", ".join(f"{key}={value!r}" for key, value in unknown.items())
+        raise ValueError(
+            f"{listed}: not known for model_type {source.get('model_type')!r}, and it may change what the model "
+            "computes. If it does not, delete it from config.json."
+        )
 
 
-def abstract_params(module: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+def refuse_unless(source: dict[str, Any], key: str, built: Any) -> None:
+    """An error if config.json asks for something that would change the mathematics and is not built."""
+    if source.get(key, built) != built:
+        raise ValueError(f"{key} is {source[key]!r}; only {built!r} is built")
+
+
+def abstract_params(
+    module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...] | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """{path: shape and dtype} of the module's parameters, without computing any."""
-    variables = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32))
+    variables = jax.eval_shape(module.init, jax.random.key(0), *(token_ids(None) if inputs is None else inputs))
     return flatten_dict(variables["params"], sep="/")
 
 
+def draw(module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...], pattern: str, seed: int) -> dict[str, Array]:
+    """The initial values of the leaves whose path matches, and no other's."""
+
+    def init(key):
+        params = module.init(key, *(jnp.zeros(x.shape, x.dtype) for x in inputs))["params"]
+        return {path: leaf for path, leaf in flatten_dict(params, sep="/").items() if re.search(pattern, path)}
+
+    return jax.jit(init)(jax.random.key(seed))
+
+
 def tensor_names(path: str, shape: tuple[int, ...]) -> list[str]:
-    """The names under which the files hold the leaf at `path`: one, or one per layer of a stacked leaf.
+    """The names by the rule of the leaf at `path`: one, or one per layer of a stacked leaf.
 
     >>> tensor_names("model/layers/mlp/up_proj/kernel", (2, 64, 172))
     ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
     """
     *modules, leaf = path.split("/")
-    suffix = [leaf if leaf == "bias" else "weight"]
-    if "layers" not in modules:
+    suffix = [_LEAVES.get(leaf, leaf)]
+    if not _stacked(path):
         return [".".join(modules + suffix)]
-    at = modules.index("layers") + 1
+    at = next(i for i, name in enumerate(modules) if name in _STACKS) + 1
     return [".".join([*modules[:at], str(i), *modules[at:], *suffix]) for i in range(shape[0])]
 
 
@@ -109,44 +221,56 @@ def build_params(
     shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], np.ndarray],
     where: str,
+    layout: Layout = Layout(),
+    inputs: tuple[jax.ShapeDtypeStruct, ...] | None = None,
+    drawn: Mapping[str, Array] | None = None,
 ) -> dict[str, Any]:
     """The module's parameter tree from named tensors, of which `shapes` tells what there is and `read` fetches one.
+
+    `drawn` has leaves of a new head, by path: they are used where there are no such tensors.
 
     One tensor is read at a time, straight into its slice of the stacked leaf. Names or shapes that do not fit are an
     error that lists them, before anything is read.
     """
-    leaves = abstract_params(module)
-    _check(leaves, shapes, where)
+    leaves = abstract_params(module, inputs)
+    pieces = {path: layout.pieces(path, leaf.shape) for path, leaf in leaves.items()}
+    wanted = {
+        name: layout.stored_shape(path, _shape_at(leaf.shape, index))
+        for path, leaf in leaves.items()
+        for name, index in pieces[path]
+    }
+    files = layout.resolve(shapes, wanted)
+    new = {path: leaf for path, leaf in (drawn or {}).items() if not any(name in files for name, _ in pieces[path])}
+    wanted = {name: shape for name, shape in wanted.items() if not any(name in dict(pieces[path]) for path in new)}
+    _check(wanted, {name: tuple(shapes[file]) for name, file in files.items()}, layout, where)
     params = {}
     for path, leaf in leaves.items():
-        names = tensor_names(path, leaf.shape)
+        if path in new:
+            params[path] = new[path]
+            continue
         buffer = np.empty(leaf.shape, leaf.dtype)
-        for name, slot in zip(names, buffer if _stacked(path) else [buffer], strict=True):
-            tensor = read(name)
+        for name, index in pieces[path]:
+            tensor = read(files[name])
             if not jnp.issubdtype(tensor.dtype, jnp.floating):
                 raise ValueError(f"{where}: {name} is {tensor.dtype}; quantized checkpoints are not read here")
-            slot[...] = _transposed(path, tensor)
+            buffer[index] = layout.from_file(path, tensor)
         params[path] = jnp.asarray(buffer)
     return unflatten_dict(params, sep="/")
 
 
+def _shape_at(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
+    return np.broadcast_to(np.zeros(()), shape)[index].shape
+
+
 def _stacked(path: str) -> bool:
-    return "layers" in path.split("/")
+    return not set(_STACKS).isdisjoint(path.split("/")[:-1])
 
 
-def _transposed(path: str, tensor: np.ndarray) -> np.ndarray:
-    return tensor.T if path.endswith("/kernel") else tensor
-
-
-def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    shape = shape[1:] if _stacked(path) else shape
-    return shape[::-1] if path.endswith("/kernel") else shape
-
-
-def _check(leaves: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    wanted = {n: _stored_shape(p, leaf.shape) for p, leaf in leaves.items() for n in tensor_names(p, leaf.shape)}
-    ignored = _REDUNDANT if "lm_head.weight" in wanted else (*_REDUNDANT, "lm_head.weight")
-    found = {n: s for n, s in shapes.items() if n in wanted or not n.endswith(ignored)}
+def _check(
+    wanted: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], layout: Layout, where: str
+) -> None:
+    tied = "lm_head.weight"  # some write it although it is the embedding
+    found = {n: s for n, s in shapes.items() if n in wanted or not (n == tied or layout.needless(n))}
     rows = [
         (name, str(wanted.get(name, "nothing")), str(found.get(name, "missing")))
         for name in sorted(wanted.keys() | found.keys())
@@ -174,8 +298,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def load_params(module: nn.Module, directory: pathlib.Path) -> dict[str, Any]:
-    """The module's parameters from `directory`: one model.safetensors, or the shards that the index lists."""
+def load_params(
+    module: nn.Module,
+    directory: pathlib.Path,
+    layout: Layout = Layout(),
+    inputs: tuple[jax.ShapeDtypeStruct, ...] | None = None,
+    drawn: Mapping[str, Array] | None = None,
+    without: str | None = None,
+) -> dict[str, Any]:
+    """The module's parameters from `directory`: one model.safetensors, or the shards that the index lists.
+
+    `drawn` is as for `build_params`; tensors whose name matches `without` are taken not to be there.
+    """
     with contextlib.ExitStack() as stack:
         holder = {}
         for file in _weight_files(directory):
@@ -187,7 +321,9 @@ def load_params(module: nn.Module, directory: pathlib.Path) -> dict[str, Any]:
                 raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
             holder |= dict.fromkeys(handle.keys(), handle)
         shapes = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in holder.items()}
-        return build_params(module, shapes, lambda name: holder[name].get_tensor(name), str(directory))
+        shapes = {name: shape for name, shape in shapes.items() if not (without and re.search(without, name))}
+        read = lambda name: holder[name].get_tensor(name)
+        return build_params(module, shapes, read, str(directory), layout, inputs, drawn)
 
 
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -202,35 +338,43 @@ def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     return [directory / name for name in sorted(set(weight_map.values()))]
 
 
-def save_params(params: Mapping[str, Any], directory: pathlib.Path, shard_bytes: int = _SHARD_BYTES) -> None:
+def save_params(
+    params: Mapping[str, Any],
+    directory: pathlib.Path,
+    layout: Layout = Layout(),
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
     """Writes a stacked parameter tree as model.safetensors, or as shards of at most `shard_bytes` and their index."""
     leaves = flatten_dict(params, sep="/")
-    names = {path: tensor_names(path, leaf.shape) for path, leaf in leaves.items()}
-    entries = [(name, path, i) for path in leaves for i, name in enumerate(names[path])]
-    size = {p: math.prod(_stored_shape(p, leaf.shape)) * leaf.dtype.itemsize for p, leaf in leaves.items()}
-    shards: list[list[tuple[str, str, int]]] = [[]]
+    entries = [(name, path, at) for path, leaf in leaves.items() for name, at in layout.pieces(path, leaf.shape)]
+    bytes_of = lambda leaf, index: math.prod(_shape_at(leaf.shape, index)) * leaf.dtype.itemsize
+    size = {name: bytes_of(leaves[path], index) for name, path, index in entries}
+    shards: list[list[tuple[str, str, Index]]] = [[]]
     used = 0
     for entry in entries:
-        if shards[-1] and used + size[entry[1]] > shard_bytes:
+        if shards[-1] and used + size[entry[0]] > shard_bytes:
             shards.append([])
             used = 0
         shards[-1].append(entry)
-        used += size[entry[1]]
+        used += size[entry[0]]
     if len(shards) == 1:
-        save_file(_stored(leaves, shards[0]), directory / WEIGHTS, {"format": "pt"})
+        save_file(_stored(leaves, shards[0], layout), directory / WEIGHTS, {"format": "pt"})
         return
     files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards, strict=True):
-        save_file(_stored(leaves, shard), directory / file, {"format": "pt"})
+        save_file(_stored(leaves, shard, layout), directory / file, {"format": "pt"})
     weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, _, _ in shard}
-    index = {"metadata": {"total_size": sum(size[path] for _, path, _ in entries)}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _stored(leaves: Mapping[str, Any], entries: Iterable[tuple[str, str, int]]) -> dict[str, np.ndarray]:
-    def tensor(path: str, i: int) -> np.ndarray:
-        leaf = leaves[path]
+def _stored(
+    leaves: Mapping[str, Any], entries: Iterable[tuple[str, str, Index]], layout: Layout
+) -> dict[str, np.ndarray]:
+    def tensor(path: str, index: Index) -> np.ndarray:
+        # One layer at a time leaves the device.
+        piece = np.asarray(leaves[path][index[0]])[index[1:]] if index else np.asarray(leaves[path])
         # safetensors writes the buffer as it lies in memory, so a transposed view has to be laid out anew.
-        return np.ascontiguousarray(_transposed(path, np.asarray(leaf[i] if _stacked(path) else leaf)))
+        return np.ascontiguousarray(layout.to_file(path, piece))
 
-    return {name: tensor(path, i) for name, path, i in entries}
+    return {name: tensor(path, index) for name, path, index in entries}

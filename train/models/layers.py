@@ -9,6 +9,8 @@ For token ids t[b, n], with L blocks:
 
 Attention is grouped-query with rotary positions (pairs (i, i + d/2), the half-split form of the Hugging Face models).
 The blocks are stacked by `nn.scan`: each parameter of a block has a leading axis of length L, kernels are [L, in, out].
+What families add to this (windows, caps, more norms, experts, ...) are the switches of `DecoderConfig`; where layers
+differ, each kind of attention is prepared once and a flag that is scanned with the layers chooses.
 """
 
 import dataclasses
@@ -18,7 +20,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,10 @@ class RopeScaling:
 
     `kind` "linear" divides all frequencies by `factor`. "llama3" divides those whose wavelength exceeds
     `original_max_position / low_freq_factor`, keeps those below `original_max_position / high_freq_factor`, and
-    interpolates in between.
+    interpolates in between. Two depend on the length n of the longest sequence of the batch: "dynamic" raises theta
+    with it once it exceeds `original_max_position`; "longrope" divides each frequency by a number of its own, of
+    `short` or, beyond `original_max_position`, of `long`, and multiplies queries and keys by `amplitude`. With a cache,
+    keys keep the frequencies of the length at which they were written.
     """
 
     kind: str
@@ -35,6 +40,27 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
+    short: tuple[float, ...] = ()
+    long: tuple[float, ...] = ()
+    amplitude: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The gated MLPs that replace the one of each block.
+
+    Attributes:
+      count: of them, and `per_token` is how many each token goes to.
+      intermediate_size: of one expert.
+      normalize: whether the probabilities of the chosen ones are made to sum to 1.
+      shared_size: of one more MLP that all tokens go through, behind a sigmoid gate; 0 for none.
+    """
+
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalize: bool = True
+    shared_size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +85,53 @@ class DecoderConfig:
     init_range: float = 0.02
     dtype: str = "float32"
     """Of parameters and activations. Norms, softmax, rotary angles and logits are float32 whatever it says."""
+    activation: str = "silu"
+    rotary_dim: int | None = None
+    """How many entries of a head are rotated, from the first; None for all."""
+    window: int | None = None
+    """The most tokens that one attends to, itself included, in the layers that are local."""
+    local_layers: tuple[bool, ...] | None = None
+    """For each layer whether the window holds; None for all of them."""
+    local_rope_theta: float | None = None
+    """A rotary base of the local layers' own, not scaled."""
+    attention_scale: float | None = None
+    """What scores are multiplied by; None for head_dim^(-1/2)."""
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    """Scores, or logits, z become cap * tanh(z / cap)."""
+    qk_norm: bool = False
+    """RMSNorm of each head of the queries and keys, before the rotation."""
+    unit_offset: bool = False
+    """Norms multiply by 1 + scale."""
+    sandwich_norms: bool = False
+    """A norm after attention and MLP, too, before the sum with the residual."""
+    scale_embeddings: bool = False
+    """Embeddings are multiplied by hidden_size^(1/2), the head is not."""
+    fused: bool = False
+    """One kernel for query, key and value, and one for gate and up."""
+    experts: Experts | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads")
         if self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head_dim, got {self.head_dim}")
+        if (self.rotary_dim or 0) % 2:
+            raise ValueError(f"rotary positions need an even number of rotated entries, got {self.rotary_dim}")
+        if self.activation not in _ACTIVATIONS:
+            raise ValueError(f"the activation {self.activation!r} is not built; known are {sorted(_ACTIVATIONS)}")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"a sliding window holds at least 1 token, got {self.window}")
+        if self.local_layers is not None and len(self.local_layers) != self.num_layers:
+            raise ValueError(f"types are given for {len(self.local_layers)} layers, and there are {self.num_layers}")
+        if self.experts is not None and not 0 < self.experts.per_token <= self.experts.count:
+            raise ValueError(f"a token cannot go to {self.experts.per_token} of {self.experts.count} experts")
+
+    def is_local(self, layer: int) -> bool:
+        return self.window is not None and (self.local_layers is None or self.local_layers[layer])
+
+
+_ACTIVATIONS = {"silu": nn.silu, "gelu_pytorch_tanh": nn.gelu}
 
 
 @flax.struct.dataclass
@@ -86,26 +153,81 @@ class Cache:
         zeros = jnp.zeros(shape, config.dtype)
         return cls(zeros, zeros, jnp.full((batch, slots), -1, jnp.int32), jnp.zeros((), jnp.int32))
 
+    def write(self, layer: Array, k: Array, v: Array) -> tuple["Cache", Array, Array]:
+        """The cache with the keys and values of new tokens in one layer, and all that this layer then holds."""
+        at = (layer, 0, self.index, 0, 0)
+        keys, values = (jax.lax.dynamic_update_slice(a, x[None], at) for a, x in ((self.keys, k), (self.values, v)))
+        k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (keys, values))
+        return self.replace(keys=keys, values=values), k, v
 
-def rotary_frequencies(config: DecoderConfig) -> Float[Array, "half"]:
-    """theta^(-2i/d) for i = 0 .. d/2 - 1, stretched by `config.rope_scaling`."""
-    frequency = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    if scaling.kind == "linear":
-        return frequency / scaling.factor
-    turns = scaling.original_max_position * frequency / (2 * math.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = jnp.clip(keep, 0.0, 1.0)
-    return frequency * (keep + (1 - keep) / scaling.factor)
+
+def causal_mask(ids: Array, segment_ids: Array | None, cache: Cache | None) -> tuple[Array, Array, Cache | None]:
+    """(mask [b or 1, t, slots], slots [t] that the tokens take, cache that knows their segments)."""
+    length = ids.shape[1]
+    slots = jnp.arange(length) + (0 if cache is None else cache.index)
+    if cache is None:
+        mask = (jnp.arange(length) <= slots[:, None])[None]
+        if segment_ids is not None:
+            mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
+        return mask, slots, None
+    own = jnp.ones_like(ids) if segment_ids is None else segment_ids
+    cache = cache.replace(segments=jax.lax.dynamic_update_slice(cache.segments, own, (0, cache.index)))
+    mask = jnp.arange(cache.segments.shape[1]) <= slots[:, None]
+    return mask & (own[:, :, None] == cache.segments[:, None]), slots, cache
+
+
+def rotary_frequencies(
+    config: DecoderConfig, local: bool = False, length: Int[Array, ""] | int = 0
+) -> Float[Array, "half"]:
+    """theta^(-2i/d) for i = 0 .. d/2 - 1, stretched by `config.rope_scaling` for sequences of `length`."""
+    d = config.rotary_dim or config.head_dim
+    powers = jnp.arange(0, d, 2, dtype=jnp.float32) / d
+    if local and config.local_rope_theta is not None:
+        return config.local_rope_theta**-powers
+    frequency = config.rope_theta**-powers
+    match config.rope_scaling:
+        case None:
+            return frequency
+        case RopeScaling("linear", factor):
+            return frequency / factor
+        case RopeScaling("dynamic", factor, original_max_position=original):
+            longer = factor * jnp.maximum(length, original) / original - (factor - 1)
+            return frequency * longer ** (-powers * d / (d - 2))
+        case RopeScaling("longrope", original_max_position=original, short=short, long=long):
+            return frequency / jnp.where(length > original, jnp.array(long), jnp.array(short))
+        case RopeScaling("llama3", factor, low, high, original):
+            turns = original * frequency / (2 * math.pi)
+            keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+            return frequency * (keep + (1 - keep) / factor)
+    raise ValueError(f"rope scaling {config.rope_scaling.kind!r} is not built")
 
 
 def rotate(x: Float[Array, "b t heads d"], cos: Float[Array, "b t h"], sin: Float[Array, "b t h"]) -> Array:
-    """Rotates each pair (x[i], x[i + d/2]) by its angle; `h` = d/2. Computed in float32."""
+    """Rotates each pair (x[i], x[i + h]) with i < h by its angle; from 2 h on, x stays. Computed in float32."""
+    half = cos.shape[-1]
     cos, sin = cos[:, :, None], sin[:, :, None]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "b t heads d"],
+    k: Float[Array, "b s kv_heads d"],
+    v: Float[Array, "b s kv_heads d"],
+    mask: Bool[Array, "b t s"],
+    scale: float | None,
+    softcap: float | None,
+) -> Float[Array, "b t heads d"]:
+    """Grouped-query attention where `mask` allows it."""
+    if softcap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale)
+    batch, length, heads, d = q.shape
+    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], d)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = softcap * jnp.tanh(scores * ((d**-0.5 if scale is None else scale) / softcap))
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, d)
 
 
 def _dense(config: DecoderConfig, features: int, bias: bool, name: str) -> nn.Dense:
@@ -114,17 +236,23 @@ def _dense(config: DecoderConfig, features: int, bias: bool, name: str) -> nn.De
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale, computed in float32."""
+    """x / sqrt(mean(x^2) + eps) * scale, or (1 + scale) with an offset; computed in float32."""
 
     eps: float
     dtype: str
+    unit_offset: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), self.dtype)
+        init = nn.initializers.zeros_init() if self.unit_offset else nn.initializers.ones_init()
+        scale = self.param("scale", init, (x.shape[-1],), self.dtype).astype(jnp.float32)
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * scale.astype(jnp.float32)).astype(x.dtype)
+        return (y * (1 + scale if self.unit_offset else scale)).astype(x.dtype)
+
+
+def _norm(config: DecoderConfig, name: str | None = None) -> RMSNorm:
+    return RMSNorm(config.norm_eps, config.dtype, config.unit_offset, name=name)
 
 
 class Attention(nn.Module):
@@ -136,50 +264,102 @@ class Attention(nn.Module):
     def __call__(self, x, cos, sin, mask, cache, layer):
         c = self.config
         batch, length, _ = x.shape
-        q = _dense(c, c.num_heads * c.head_dim, c.qkv_bias, "q_proj")(x)
-        k = _dense(c, c.num_kv_heads * c.head_dim, c.qkv_bias, "k_proj")(x)
-        v = _dense(c, c.num_kv_heads * c.head_dim, c.qkv_bias, "v_proj")(x)
-        q = rotate(q.reshape(batch, length, c.num_heads, c.head_dim), cos, sin)
-        k = rotate(k.reshape(batch, length, c.num_kv_heads, c.head_dim), cos, sin)
-        v = v.reshape(batch, length, c.num_kv_heads, c.head_dim)
+        sizes = {"q": c.num_heads, "k": c.num_kv_heads, "v": c.num_kv_heads}
+        if c.fused:
+            ends = [c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim]
+            parts = jnp.split(_dense(c, sum(sizes.values()) * c.head_dim, c.qkv_bias, "qkv_proj")(x), ends, axis=-1)
+        else:
+            parts = [_dense(c, n * c.head_dim, c.qkv_bias, f"{name}_proj")(x) for name, n in sizes.items()]
+        q, k, v = (y.reshape(batch, length, n, c.head_dim) for y, n in zip(parts, sizes.values(), strict=True))
+        if c.qk_norm:
+            q, k = _norm(c, "q_norm")(q), _norm(c, "k_norm")(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            at = (layer, 0, cache.index, 0, 0)
-            cache = cache.replace(
-                keys=jax.lax.dynamic_update_slice(cache.keys, k[None], at),
-                values=jax.lax.dynamic_update_slice(cache.values, v[None], at),
-            )
-            k, v = (jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in (cache.keys, cache.values))
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None]).reshape(batch, length, c.num_heads * c.head_dim)
-        return _dense(c, c.hidden_size, c.o_bias, "o_proj")(y), cache
+            cache, k, v = cache.write(layer, k, v)
+        y = attend(q, k, v, mask, c.attention_scale, c.attention_softcap)
+        return _dense(c, c.hidden_size, c.o_bias, "o_proj")(y.reshape(batch, length, c.num_heads * c.head_dim)), cache
 
 
 class GatedMLP(nn.Module):
-    """(silu(x W_gate) * (x W_up)) W_down."""
+    """(act(x W_gate) * (x W_up)) W_down."""
+
+    config: DecoderConfig
+    size: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+        c = self.config
+        if c.fused:
+            gate, up = jnp.split(_dense(c, 2 * self.size, c.mlp_bias, "gate_up_proj")(x), 2, axis=-1)
+        else:
+            gate, up = (_dense(c, self.size, c.mlp_bias, name)(x) for name in ("gate_proj", "up_proj"))
+        return _dense(c, c.hidden_size, c.mlp_bias, "down_proj")(_ACTIVATIONS[c.activation](gate) * up)
+
+
+class ExpertMLPs(nn.Module):
+    """A gated MLP of each expert, kernels [E, in, out] with gate and up side by side, on the tokens that chose it.
+
+    The rows go to their experts by sorting, so that one ragged product serves all of them.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n d"], chosen: Int[Array, "n k"]) -> Float[Array, "n k d"]:
+        c, e = self.config, self.config.experts
+        init = nn.initializers.normal(c.init_range)
+        gate_up = self.param("gate_up_proj", init, (e.count, c.hidden_size, 2 * e.intermediate_size), c.dtype)
+        down = self.param("down_proj", init, (e.count, e.intermediate_size, c.hidden_size), c.dtype)
+        order = jnp.argsort(chosen.reshape(-1))
+        sizes = jnp.bincount(chosen.reshape(-1), length=e.count).astype(jnp.int32)
+        gate, up = jnp.split(jax.lax.ragged_dot(x[order // e.per_token], gate_up, sizes), 2, axis=-1)
+        y = jax.lax.ragged_dot(_ACTIVATIONS[c.activation](gate) * up, down, sizes)
+        return y[jnp.argsort(order)].reshape(*chosen.shape, -1)
+
+
+class MixtureOfExperts(nn.Module):
+    """sum_e p_e MLP_e(x) over the likeliest experts of each token, p = softmax(x W_gate); plus the shared one's."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        c = self.config
-        gate = _dense(c, c.intermediate_size, c.mlp_bias, "gate_proj")(x)
-        up = _dense(c, c.intermediate_size, c.mlp_bias, "up_proj")(x)
-        return _dense(c, c.hidden_size, c.mlp_bias, "down_proj")(nn.silu(gate) * up)
+        c, e = self.config, self.config.experts
+        tokens = x.reshape(-1, c.hidden_size)
+        scores = _dense(c, e.count, False, "gate")(tokens)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(scores.astype(jnp.float32)), e.per_token)
+        if e.normalize:
+            weights /= weights.sum(axis=-1, keepdims=True)
+        y = jnp.einsum("nkd,nk->nd", ExpertMLPs(c, name="experts")(tokens, chosen), weights.astype(x.dtype))
+        if e.shared_size:
+            gate = nn.sigmoid(_dense(c, 1, False, "shared_expert_gate")(tokens))
+            y += gate * GatedMLP(c, e.shared_size, name="shared_expert")(tokens)
+        return y.reshape(x.shape)
 
 
 class Block(nn.Module):
-    """One layer: the carry of the scan over layers is (activations, cache or None)."""
+    """One layer: the carry of the scan over layers is (activations, cache or None).
+
+    Args:
+      layer: its number and its kind, by which one of `kinds` is taken: cosines, sines and mask.
+    """
 
     config: DecoderConfig
 
     @nn.compact
-    def __call__(self, carry, layer, cos, sin, mask):
+    def __call__(self, carry, layer, kinds):
         x, cache = carry
+        number, kind = layer
         c = self.config
-        h = RMSNorm(c.norm_eps, c.dtype, name="input_layernorm")(x)
-        y, cache = Attention(c, name="self_attn")(h, cos, sin, mask, cache, layer)
+        chosen = kinds[0] if len(kinds) == 1 else jax.tree.map(lambda *each: jax.lax.select_n(kind, *each), *kinds)
+        mlp = GatedMLP(c, c.intermediate_size, name="mlp") if c.experts is None else MixtureOfExperts(c, name="mlp")
+        y, cache = Attention(c, name="self_attn")(_norm(c, "input_layernorm")(x), *chosen, cache, number)
+        if c.sandwich_norms:
+            x = x + _norm(c, "post_attention_layernorm")(y)
+            y = mlp(_norm(c, "pre_feedforward_layernorm")(x))
+            return (x + _norm(c, "post_feedforward_layernorm")(y), cache), None
         x = x + y
-        h = RMSNorm(c.norm_eps, c.dtype, name="post_attention_layernorm")(x)
-        return (x + GatedMLP(c, name="mlp")(h), cache), None
+        return (x + mlp(_norm(c, "post_attention_layernorm")(x)), cache), None
 
 
 class Decoder(nn.Module):
@@ -198,33 +378,37 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast),
             length=c.num_layers,
         )(c)
-        self.norm = RMSNorm(c.norm_eps, c.dtype)
+        self.norm = _norm(c)
 
     def __call__(self, ids, positions=None, segment_ids=None, cache=None):
-        length = ids.shape[1]
-        start = 0 if cache is None else cache.index
-        slots = jnp.arange(length) + start
+        c = self.config
+        mask, slots, cache = causal_mask(ids, segment_ids, cache)
         if positions is None:
             positions = slots[None]
-        if cache is None:
-            mask = (jnp.arange(length) <= slots[:, None])[None]
-            if segment_ids is not None:
-                mask &= segment_ids[:, :, None] == segment_ids[:, None, :]
-        else:
-            own = jnp.ones_like(ids) if segment_ids is None else segment_ids
-            cache = cache.replace(segments=jax.lax.dynamic_update_slice(cache.segments, own, (0, start)))
-            mask = jnp.arange(cache.segments.shape[1]) <= slots[:, None]
-            mask = mask & (own[:, :, None] == cache.segments[:, None])
-        angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(self.config)
-        layers = jnp.arange(self.config.num_layers)
-        carry = (self.embed_tokens(ids), cache)
-        (x, cache), _ = self.layers(carry, layers, jnp.cos(angles), jnp.sin(angles), mask)
+        local = [c.is_local(i) for i in range(c.num_layers)]
+        names = sorted(set(local))
+        near = slots[:, None] - jnp.arange(mask.shape[-1]) < (c.window or 0)
+        kinds = [(*self._rotation(positions, name), mask & near if name else mask) for name in names]
+        layers = jnp.arange(c.num_layers), jnp.array([names.index(name) for name in local])
+        x = self.embed_tokens(ids)
+        if c.scale_embeddings:
+            x *= jnp.asarray(math.sqrt(c.hidden_size), x.dtype)
+        (x, cache), _ = self.layers((x, cache), layers, kinds)
         if cache is not None:
-            cache = cache.replace(index=cache.index + length)
+            cache = cache.replace(index=cache.index + ids.shape[1])
         return self.norm(x), cache
+
+    def _rotation(self, positions, local):
+        """Cosines and sines [b, t, half]."""
+        angles = positions[..., None].astype(jnp.float32)
+        angles = angles * rotary_frequencies(self.config, local, jnp.max(positions) + 1)
+        scaling = self.config.rope_scaling
+        if scaling is None or scaling.amplitude == 1:
+            return jnp.cos(angles), jnp.sin(angles)
+        return scaling.amplitude * jnp.cos(angles), scaling.amplitude * jnp.sin(angles)
 
 
 class CausalLM(nn.Module):
@@ -245,7 +429,7 @@ class CausalLM(nn.Module):
             init = nn.initializers.normal(self.config.init_range)
             self.lm_head = nn.Dense(
                 self.config.vocab_size, False, self.config.dtype, self.config.dtype, kernel_init=init,
-                dot_general=_dot_general_f32,
+                dot_general=dot_general_f32,
             )  # fmt: skip
 
     def __call__(
@@ -258,12 +442,14 @@ class CausalLM(nn.Module):
         x, updated = self.model(ids, positions, segment_ids, cache)
         if self.config.tie_embeddings:
             embedding = self.model.embed_tokens.embedding
-            logits = _dot_general_f32(x, embedding, (((2,), (1,)), ((), ())))
+            logits = dot_general_f32(x, embedding, (((2,), (1,)), ((), ())))
         else:
             logits = self.lm_head(x)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
         return logits if cache is None else (logits, updated)
 
 
-def _dot_general_f32(x, w, dimension_numbers, precision=None):
+def dot_general_f32(x, w, dimension_numbers, precision=None):
     """A product whose result is float32, also for bfloat16 inputs: logits lose too much otherwise."""
     return jax.lax.dot_general(x, w, dimension_numbers, precision, preferred_element_type=jnp.float32)
