@@ -4,6 +4,7 @@ A new method adds a row here, and nothing else.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -230,24 +231,28 @@ DROPOUT = tuple(
     row for row in PRODUCTS if "dropout" in {field.name for field in dataclasses.fields(row.method)} and not row.draws
 )
 
-# One method of each form. Laws about what lift and the mechanism do, whatever the method, are tried in full on these;
-# on the others in part, and in full in the slow suite (`pytest -m slow tests/conformance`).
+# One method of each form. Laws about what lift and the mechanism do, whatever the method, are tried on these every
+# time; laws that a method's own code can break, on every row that is not a variant. The slow suite
+# (`pytest -m slow tests/conformance`) completes the product of laws and rows.
 EACH_FORM = frozenset("lora lora_ranks dora vera loha oft".split())
 
 
-def rest_slow(rows: tuple[Row, ...], keep: Callable[[Row], bool]) -> list:
-    """Parameters of a test that only some rows need to run every time."""
-    mark = lambda row: [] if row.name in EACH_FORM or keep(row) else [pytest.mark.slow]
-    return [pytest.param(row, id=row.name, marks=mark(row)) for row in rows]
+def over(rows: tuple[Row, ...], keep: Callable[[Row], bool] = lambda row: True) -> pytest.MarkDecorator:
+    """Parametrizes a law by rows; those not kept, and not of ``EACH_FORM``, in the slow suite only."""
+    marks = lambda row: [] if keep(row) or row.name in EACH_FORM else [pytest.mark.slow]
+    return pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=marks(row)) for row in rows])
 
 
-over_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-over_products = pytest.mark.parametrize("row", PRODUCTS, ids=lambda row: row.name)
-over_mergeable = pytest.mark.parametrize("row", MERGEABLE, ids=lambda row: row.name)
-over_dropout = pytest.mark.parametrize("row", DROPOUT, ids=lambda row: row.name)
-over_own_dropout = pytest.mark.parametrize(
-    "row", rest_slow(DROPOUT, lambda row: type(row.method).forward is not Method.forward)
-)
+is_whole_row = lambda row: not row.variant
+never = lambda row: False
+over_rows = over(ROWS)
+over_most_rows = over(ROWS, is_whole_row)
+over_forms = over(ROWS, never)
+over_products = over(PRODUCTS)
+over_most_products = over(PRODUCTS, is_whole_row)
+over_most_mergeable = over(MERGEABLE, is_whole_row)
+over_own_dropout = over(DROPOUT, lambda row: is_whole_row(row) and type(row.method).forward is not Method.forward)
+over_dropout_forms = over(DROPOUT, never)
 
 
 def model(params: dict, x: jax.Array, remat: bool = False) -> jax.Array:
@@ -281,10 +286,18 @@ def inputs(dtype: Any = None) -> jax.Array:
 
 
 def adapt_model(row: Row, params: Any = None, **options: Any) -> jlora.Adapted:
+    """The model, adapted. Without options one object a row, which many laws share."""
+    if params is None and not options:
+        return _adapted(row)
     params = model_params() if params is None else params
     targets = "layers/kernel" if row.stacked else "**/kernel"
     options = dict(key=jax.random.key(0), axes=AXES) | options
     return jlora.adapt(params, row.method, targets, **options)
+
+
+@functools.cache
+def _adapted(row: Row) -> jlora.Adapted:
+    return adapt_model(row, model_params())
 
 
 def moved(tree: Any, seed: int = 10, size: float = 0.2) -> Any:

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from registry import AXES, PRODUCTS, Row, adapt_model, assert_close, model_params, moved
+from registry import AXES, PRODUCTS, Row, adapt_model, assert_close, is_whole_row, model_params, moved, over
 
 import jlora
 from jlora.io import load_peft, save_peft
@@ -26,7 +25,7 @@ def module_name(path: str) -> str:
     return module + (".*" if module == "layers" else "") + (".weight" if name == "kernel" else ".bias")
 
 
-@pytest.mark.parametrize("row", [row for row in PRODUCTS if row.method.mergeable], ids=lambda row: row.name)
+@over(tuple(row for row in PRODUCTS if row.method.mergeable), is_whole_row)
 def test_lora_of_full_rank_is_merged(row: Row, tmp_path) -> None:
     adapted = adapt_model(row)
     trainable = moved(adapted.trainable)

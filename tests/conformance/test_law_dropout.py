@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from registry import Row, adapt_model, assert_close, inputs, model, moved, normal, over_dropout, over_own_dropout
+from registry import Row, adapt_model, assert_close, inputs, model, moved, normal, over_dropout_forms, over_own_dropout
 
 import jlora
 from jlora.methods import Method
@@ -22,7 +22,7 @@ def context(seed: int) -> dict:
     return {"key": jax.random.key(seed)}
 
 
-@over_dropout
+@over_own_dropout
 def test_on_exactly_with_a_key(row: Row) -> None:
     quiet, adapted = adapt_model(row), adapt_model(with_dropout(row))
     trainable = moved(adapted.trainable)
@@ -38,7 +38,7 @@ def test_on_exactly_with_a_key(row: Row) -> None:
         assert_close(jlora.merge(adapted.replace(trainable=trainable)), jlora.merge(quiet.replace(trainable=trainable)))
 
 
-@over_own_dropout
+@over_dropout_forms
 def test_layers_and_uses_differ(row: Row) -> None:
     """The same weights and parameters in every layer, and the same input: only the masks can differ."""
     params = {"w": jnp.broadcast_to(normal(0, (6, 4)), (3, 6, 4))}
@@ -66,7 +66,7 @@ def test_layers_and_uses_differ(row: Row) -> None:
             assert np.abs(changes[i] - changes[j]).max() > 1e-3
 
 
-@over_own_dropout
+@over_dropout_forms
 def test_mean_is_the_output_without(row: Row) -> None:
     params = {"layers": {"kernel": normal(0, (3, 6, 4))}}
     adapted = jlora.adapt(
@@ -88,7 +88,7 @@ def test_mean_is_the_output_without(row: Row) -> None:
     assert np.abs(error).max() < 5.0
 
 
-@over_own_dropout
+@over_dropout_forms
 def test_gradient_is_of_the_same_mask(row: Row) -> None:
     adapted = adapt_model(with_dropout(row))
     trainable, x = moved(adapted.trainable), inputs()

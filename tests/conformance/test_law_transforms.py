@@ -17,7 +17,9 @@ from registry import (
     model,
     model_params,
     moved,
-    over_products,
+    over_forms,
+    over_most_products,
+    over_most_rows,
     over_rows,
 )
 
@@ -57,7 +59,7 @@ def lifted_gradients(adapted, trainable, x, remat=False):
     return jax.grad(loss, (0, 1))(trainable, x)
 
 
-@over_rows
+@over_most_rows
 def test_eager_and_jitted(row: Row, case) -> None:
     adapted, merged = case(row.name)
     wanted = merged_outputs(merged, inputs())
@@ -74,7 +76,7 @@ def test_gradients_with_and_without_remat(row: Row, case) -> None:
         assert_close(lifted_gradients(adapted, adapted.trainable, inputs(), remat=remat), wanted)
 
 
-@over_rows
+@over_forms
 def test_vmap_over_inputs(row: Row, case) -> None:
     adapted, merged = case(row.name)
     x = jnp.stack([inputs(), 2 * inputs()])
@@ -83,7 +85,7 @@ def test_vmap_over_inputs(row: Row, case) -> None:
     assert_close(jax.vmap(lifted, in_axes=(None, 0))(adapted.bind(), x), wanted)
 
 
-@over_rows
+@over_forms
 def test_vmap_over_an_ensemble(row: Row, case) -> None:
     adapted, merged = case(row.name)
     other = moved(adapted.trainable, seed=50)
@@ -93,7 +95,7 @@ def test_vmap_over_an_ensemble(row: Row, case) -> None:
     assert_close(got, jnp.stack([merged_outputs(merged, inputs()), merged_outputs(merged_other, inputs())]))
 
 
-@over_rows
+@over_most_rows
 def test_gradients_of_every_example(row: Row, case) -> None:
     adapted, _ = case(row.name)
     loss = lambda trainable, x: jnp.sum(jnp.sin(lifted(adapted.bind(trainable), x)))
@@ -103,7 +105,7 @@ def test_gradients_of_every_example(row: Row, case) -> None:
     assert_close(jax.tree.map(lambda g: g.sum(0), each), jax.tree.map(lambda *g: sum(g), *gradients))
 
 
-@over_products
+@over_most_products
 def test_plain_implementation_has_forward_mode(row: Row, case) -> None:
     adapted, _ = case(row.name)
     plain = jlora.lift(model, on_materialize="error", implementation="plain")
@@ -119,7 +121,7 @@ def test_plain_implementation_has_forward_mode(row: Row, case) -> None:
     assert_close(derivatives(direction), sum(jax.tree.leaves(products)))
 
 
-@over_rows
+@over_most_rows
 def test_bfloat16_base(row: Row, case) -> None:
     exact_adapted, _ = case(row.name)
     low = model_params(jnp.bfloat16)
@@ -146,7 +148,7 @@ def test_bfloat16_base(row: Row, case) -> None:
     assert max(jax.tree.leaves(error)) < 5e-2
 
 
-@over_rows
+@over_forms
 def test_model_that_casts_its_weights(row: Row, case) -> None:
     """A wide base and low-precision arithmetic, as in mixed-precision training."""
     adapted, merged = case(row.name)

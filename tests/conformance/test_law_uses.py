@@ -34,9 +34,10 @@ def pairs() -> Iterator:
             if not row.method.mergeable and name not in PLAIN_PRODUCTS:
                 continue
             if row.variant or row.method.whole_leaf:  # what differs is not what lift sees: one use of each kind
-                if name not in ("linear", "scan", "lookup_and_tied_head", "conv"):
+                if name not in ("linear", "lookup_and_tied_head", "conv"):
                     continue
-            slow = [] if row.name in EACH_FORM or name in KINDS else [pytest.mark.slow]
+            often = name == "linear" if row.variant else name in KINDS
+            slow = [] if row.name in EACH_FORM or often else [pytest.mark.slow]
             yield pytest.param(row, use, id=f"{row.name}-{name}", marks=slow)
 
 
