@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -68,6 +69,11 @@ def save_peft(
     for path in sites:
         if not tree.by_path[path]:
             raise ValueError(f"names({path!r}) is None, and the leaf is trained: it needs the name of a module.")
+        if not all(place.module for place in tree.by_path[path]):
+            raise ValueError(
+                f"{path!r} lies at the root of the tree, and PEFT knows weights by their module's name: give it one, "
+                f"save_peft(..., names=lambda path: 'model.linear.weight')."
+            )
     matrices = {path: site for path, site in matrices.items() if path not in rows}
     if fmt.lookups_only:
         _warn_of_tied(tree, matrices)
@@ -262,7 +268,8 @@ def _copies(
     bias = "none" if not biases else fmt.own_biases if biases <= modules else "all"
     config: dict[str, Any] = {"bias": bias, "modules_to_save": None}
     if saved:
-        config["modules_to_save"] = matching.shortest(saved, tree.modules(), boundary=False)
+        named = _whole_heads(saved, tree.modules())
+        config["modules_to_save"] = matching.shortest(named, tree.modules() - saved, boundary=False)
         saved = matching.saved(config, tree.modules())
         if saved & modules:
             raise ValueError(
@@ -288,6 +295,19 @@ def _copies(
                 delta = delta if own_scale == scale else delta * (own_scale / scale)
             tensors[f"{_PREFIX}{place.module}.{fmt.offset}"] = delta
     return tensors, config
+
+
+def _whole_heads(saved: set[str], modules: set[str]) -> set[str]:
+    """The saved modules, those of a top-level module that is saved as a whole under its name.
+
+    PEFT saves a head so, also one of several layers: it adds ``classifier`` to the list itself, and fails on a file
+    that lists ``classifier.dense`` and ``classifier.out_proj``.
+    """
+    heads = {name.partition(".")[0] for name in saved}
+    inside = {head: {name for name in modules if name == head or name.startswith(f"{head}.")} for head in heads}
+    listed = lambda head: any(re.match(r"[^.]*\.\d", name) for name in inside[head])
+    whole = {head for head in heads if inside[head] <= saved and not listed(head)}
+    return {head if (head := name.partition(".")[0]) in whole else name for name in saved}
 
 
 def _offsets(adapted: Adapted, tree: Tree, fmt: Format, written: dict[Place, Written], modules: set[str]) -> set[str]:

@@ -132,6 +132,14 @@ def test_names(stacked, tmp_path):
         save_peft(adapted, tmp_path / "c", names=lambda path: None)
 
 
+def test_a_weight_at_the_root_needs_a_name(tmp_path):
+    adapted = jlora.adapt({"w": jnp.ones((8, 4))}, jlora.LoRA(2), "w", key=jax.random.key(0))
+    with pytest.raises(ValueError, match=r"'w' lies at the root.*names="):
+        save_peft(adapted, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    save_peft(adapted, tmp_path / "adapter", names=lambda path: "model.linear.weight")
+
+
 # Layouts.
 
 
