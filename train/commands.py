@@ -29,6 +29,7 @@ from jlora.train.run import RunDirectory, write_directory
 def generate(config: GenerateConfig) -> int:
     """Print each prompt with its completion."""
     source = loading.load_source(config.source)
+    loading.need_text_model(source.model)
     prompts = list(config.prompt)
     if not prompts:
         options = _run_data(source) or DataOptions()
@@ -55,6 +56,7 @@ def evaluate(config: EvaluateConfig) -> int:
         if value is not None and value < 1:
             raise UserError(f"{option} must be above 0, got {value}")
     source = loading.load_source(config.source)
+    loading.need_text_model(source.model)
     options = None if config.data else _run_data(source)
     if options is None:
         options = DataOptions(

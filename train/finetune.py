@@ -146,6 +146,7 @@ def prepare(config: FinetuneConfig, reporter: Reporter) -> Job:
     """Load and check everything; nothing is written."""
     loading.build_method(config.method)  # a misspelt option should not wait for the model
     model = loading.load_model(config.model.model, config.model.bf16, config.model.remat, config.model.quantize)
+    loading.need_text_model(model)
     config = dataclasses.replace(config, data=resolve_length(config.data, model.config.max_positions))
     config = dataclasses.replace(config, method=loading.resolve_targets(config.method, model))
     adapted = loading.build_adapted(model, config.method, config.train.seed)

@@ -50,6 +50,16 @@ def load_model(name: str, bf16: bool = False, remat: bool = False, quantize: str
         return dataclasses.replace(model, params=params)
 
 
+def need_text_model(model: models.LoadedModel) -> None:
+    """Refuse models that do not continue a text."""
+    if not model.family.writes_text:
+        able = ", ".join(sorted(name for name, family in models.FAMILIES.items() if family.writes_text))
+        raise UserError(
+            f"{model.name} is a {model.family.model_type} model, which does not continue a text: this command wants "
+            f"one of {able}. From Python any model can be adapted: see jlora.train.models.load"
+        )
+
+
 def _traced(model: models.LoadedModel) -> dict[str, Any]:
     """What tells `jlora.adapt` how the model uses its weights."""
     forward = lambda params, *inputs: model.module.apply({"params": params}, *inputs)
@@ -227,7 +237,9 @@ def load_source(options: SourceOptions) -> Source:
     )
     if adapter is not None:
         with user_errors():
-            adapted = load_peft(adapter, model.params)
+            traced = _traced(model)
+            usage = jlora.usage(traced["fn"], model.params, *traced["args"])
+            adapted = load_peft(adapter, model.params, usage=usage)
         return Source(model, adapted, jlora.lift(model.module.apply), f"{model.name} with {adapter}", config)
     if run is not None:
         adapted, step = load_checkpoint(run, config, model)

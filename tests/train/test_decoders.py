@@ -13,15 +13,16 @@ import tokenizers
 from safetensors.numpy import load_file
 
 import jlora
-from jlora.io import load_peft, save_peft
+from jlora.io import save_peft
 from jlora.train import loading, models
 from jlora.train.cli import main
-from jlora.train.config import MethodOptions
+from jlora.train.config import MethodOptions, SourceOptions
 from jlora.train.generate import generate
 from jlora.train.models import hf, layers
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
-NAMES = sorted(path.parent.name for path in DATA.glob("*/io.npz"))
+CONFIGS = {path.parent.name: json.loads(path.read_text()) for path in sorted(DATA.glob("*/config.json"))}
+NAMES = [name for name, source in CONFIGS.items() if models.FAMILIES[source["model_type"]].module is layers.CausalLM]
 each = pytest.mark.parametrize("name", NAMES)
 
 
@@ -72,7 +73,7 @@ def test_written_files_equal_those_read(name, tmp_path):
     assert want.keys() == got.keys()
     for key in want:
         np.testing.assert_array_equal(got[key], want[key], err_msg=key)
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads((DATA / name / "config.json").read_text())
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIGS[name]
     (tmp_path / hf.WEIGHTS).unlink()
     hf.save_params(model.params, tmp_path, model.family.layout, shard_bytes=9000)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
@@ -102,15 +103,14 @@ def test_adapter_in_the_default_places(name, tmp_path):
 
     save_peft(adapted, tmp_path / "adapter", task_type="CAUSAL_LM")
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    named = {
-        key.removeprefix("base_model.model.").partition(".lora_")[0].removesuffix(".base_layer") for key in tensors
-    }
+    modules = (key.removeprefix("base_model.model.").partition(".lora_")[0] for key in tensors)
+    named = {module.removesuffix(".base_layer") for module in modules}
     stored = {key.removesuffix(".weight") for key in load_file(DATA / name / hf.WEIGHTS)}
     linear = {key for key in stored if key.endswith("_proj") and ".experts." not in key}
     experts = {f"model.layers.{i}.mlp.experts" for i in range(model.config.num_layers) if model.config.experts}
     assert named == linear | experts
-    again = load_peft(tmp_path / "adapter", model.params)
-    jax.tree.map(np.testing.assert_array_equal, again.trainable, adapted.trainable)
+    again = loading.load_source(SourceOptions(model=str(DATA / name), adapter=tmp_path / "adapter"))
+    jax.tree.map(np.testing.assert_array_equal, again.adapted.trainable, adapted.trainable)
 
     models.save_hf(model, merged, tmp_path / "merged")
     jax.tree.map(np.testing.assert_array_equal, models.load(tmp_path / "merged").params, merged)
@@ -156,11 +156,14 @@ def with_tokenizer(name: str, directory: pathlib.Path) -> pathlib.Path:
     return directory
 
 
-def finetune_and_merge(name, tiny_data, tmp_path):
+def finetune_and_merge(name, tiny_data, tmp_path, *more):
     model = with_tokenizer(name, tmp_path / "model")
     options = "--steps 2 --batch-size 2 --max-length 32 --rank 2 --eval-batch-size 8 --max-new-tokens 4 --eval-limit 8"
     run = tmp_path / "run"
-    assert main(["finetune", "--model", str(model), "--data", str(tiny_data), *options.split(), "--out", str(run)]) == 0
+    assert (
+        main(["finetune", "--model", str(model), "--data", str(tiny_data), *options.split(), *more, "--out", str(run)])
+        == 0
+    )
     assert (run / "adapter" / "adapter_model.safetensors").exists()
     assert main(["merge", "--run", str(run), "--out", str(tmp_path / "merged")]) == 0
     want, got = (load_file(directory / hf.WEIGHTS) for directory in (model, tmp_path / "merged"))
@@ -168,9 +171,9 @@ def finetune_and_merge(name, tiny_data, tmp_path):
     assert any((want[key] != got[key]).any() for key in want)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mixtral"])
-def test_finetune_and_merge(name, tiny_data, tmp_path):
-    finetune_and_merge(name, tiny_data, tmp_path)
+@pytest.mark.parametrize(("name", "more"), [("gemma2", []), ("mixtral", ["--bf16", "--remat"])])
+def test_finetune_and_merge(name, more, tiny_data, tmp_path):
+    finetune_and_merge(name, tiny_data, tmp_path, *more)
 
 
 @pytest.mark.slow
@@ -183,8 +186,7 @@ def test_finetune_and_merge_the_others(name, tiny_data, tmp_path):
 
 
 def config_of(name: str, **changes) -> models.DecoderConfig:
-    source = json.loads((DATA / name / "config.json").read_text())
-    return models.FAMILIES[source["model_type"]].config(source | changes)
+    return models.FAMILIES[CONFIGS[name]["model_type"]].config(CONFIGS[name] | changes)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,14 @@ def test_what_is_not_built_is_refused(name, change, message):
 
 def test_what_cannot_matter_is_passed_over():
     known = config_of("llama3")
-    changes = {"_name_or_path": "x", "torch_dtype": "bfloat16", "mystery": None, "unk_token_id": 3, "use_cache": False}
+    changes = {
+        "_name_or_path": "x",
+        "transformers.js_config": {"dtype": "q4"},
+        "torch_dtype": "bfloat16",
+        "mystery": None,
+        "unk_token_id": 3,
+        "use_cache": False,
+    }
     assert config_of("llama3", **changes) == known
 
 

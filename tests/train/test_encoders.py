@@ -6,11 +6,15 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
+import jlora
+from jlora.io import load_peft, save_peft
 from jlora.train import models
+from jlora.train.cli import main
 from jlora.train.generate import generate
 from jlora.train.models import hf
 
@@ -235,3 +239,93 @@ def test_gpt2_generates_as_without_a_cache(oracles):
     got = generate(model.module.apply, model.params, prompts, config=model.config, max_new_tokens=12)
     assert got == [plainly(prompt) for prompt in prompts]
     assert len({tuple(text) for text in got}) == 3
+
+
+# The command line
+
+
+@pytest.mark.parametrize("command", ["finetune --data e2e", "generate -p a", "evaluate --data e2e"])
+def test_commands_for_text_refuse_models_that_write_none(command, tmp_path, capsys):
+    directory = DATA / "encoders" / "roberta"
+    assert main([*command.split(), "--model", str(directory)]) == 2
+    assert "is a roberta model, which does not continue a text: this command wants" in capsys.readouterr().err
+
+
+def test_merged_encoder_is_the_adapted_one(oracles, tmp_path, recorded_inputs, same_logits):
+    root = oracles / "peft_dirs"
+    assert main(f"merge --model {root}/base_vit --adapter {root}/vit_lora --out {tmp_path}/merged".split()) == 0
+    model, io = models.load(tmp_path / "merged"), np.load(root / "vit_lora" / "io.npz")
+    same_logits(model.module.apply({"params": model.params}, **recorded_inputs(io)), io["logits_merged"], io)
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    """A tiny RoBERTa with a new head and LoRA, trained to tell texts by whether a token is in them; with its data."""
+    model = models.load(DATA / "encoders" / "roberta_masked_lm", labels=["without", "with"])
+    ids = np.random.default_rng(0).integers(3, 40, (64, 10)).astype(np.int32)
+    classes = np.arange(64) % 2
+    ids[ids == 7] = 8
+    ids[np.arange(64), np.arange(64) % 9 + 1] = np.where(classes, 7, 8)
+    rules = {"classifier/**": jlora.Full(), "**/{query,value}/kernel": jlora.LoRA(2, alpha=8)}
+    fn = lambda params, *inputs: model.module.apply({"params": params}, *inputs)
+    adapted = jlora.adapt(model.params, rules, fn=fn, args=(ids,), key=jax.random.key(1))
+    apply, tx = jlora.lift(fn), optax.adam(3e-2)
+
+    @jax.jit
+    def step(trainable, state):
+        def loss(trainable):
+            logits = apply(adapted.bind(trainable), ids)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, classes).mean()
+
+        value, grads = jax.value_and_grad(loss)(trainable)
+        updates, state = tx.update(grads, state)
+        return optax.apply_updates(trainable, updates), state, value
+
+    trainable, state = adapted.trainable, tx.init(adapted.trainable)
+    losses = []
+    for _ in range(60):
+        trainable, state, value = step(trainable, state)
+        losses.append(float(value))
+    return model, adapted.replace(trainable=trainable), ids, losses
+
+
+def test_adapter_and_new_head_learn_and_are_one_peft_directory(classifier, tmp_path):
+    model, adapted, ids, losses = classifier
+    assert losses[0] > 0.5 and losses[-1] < 0.2
+    save_peft(adapted, tmp_path, task_type="SEQ_CLS")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    other = models.load(DATA / "encoders" / "roberta_masked_lm", labels=["without", "with"], seed=5)
+    read = load_peft(tmp_path, other.params)  # brings the head with it
+    apply = jlora.lift(model.module.apply)
+    want, got = (apply({"params": params.bind()}, ids) for params in (adapted, read))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_peft_reads_the_trained_classifier(classifier, tmp_path):
+    torch, transformers, peft = (pytest.importorskip(name) for name in ("torch", "transformers", "peft"))
+    model, adapted, ids, _ = classifier
+    models.save_hf(model, model.params, tmp_path / "base")
+    save_peft(adapted, tmp_path / "adapter", task_type="SEQ_CLS")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    peer = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        want = peer(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(jlora.lift(model.module.apply)({"params": adapted.bind()}, ids), want, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("base", ["bert", "vit", "roberta"])
+def test_transformers_reads_a_new_head(base, tmp_path, oracles, recorded_inputs, same_logits):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    directory = DATA / "encoders" / "roberta" if base == "roberta" else oracles / "peft_dirs" / f"base_{base}"
+    model, io = models.load(directory, labels=["no", "yes"]), np.load(directory / "io.npz")
+    models.save_hf(model, model.params, tmp_path)
+    auto = "AutoModelForImageClassification" if base == "vit" else "AutoModelForSequenceClassification"
+    peer = getattr(transformers, auto).from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert peer.config.id2label == {0: "no", 1: "yes"}
+    with torch.no_grad():
+        want = peer(**{name: torch.tensor(io[name]) for name in io if "logits" not in name}).logits.numpy()
+    same_logits(model.module.apply({"params": model.params}, **recorded_inputs(io)), want, io)

@@ -53,7 +53,8 @@ class LoadedModel:
 
     module: nn.Module
     params: dict[str, Any]
-    config: DecoderConfig
+    config: Any
+    """Of the family: shapes and switches, hashable."""
     name: str
     family: Family
     source: dict[str, Any]

@@ -254,4 +254,4 @@ LAYOUT = hf.Layout(
     new_head=r"^classifier/|/pooler/",
     redundant=r"embeddings\.position_ids$|^cls\.|(^|\.)pooler\.|^classifier\.",
 )
-FAMILY = hf.Family("bert", config, module, LAYOUT)
+FAMILY = hf.Family("bert", config, module, LAYOUT, writes_text=False)

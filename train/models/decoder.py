@@ -1,8 +1,7 @@
 """What the config.json files of the decoders have in common, and what is refused in them.
 
 A family says which entries it reads beside the common ones. An entry that nobody reads may change what the model
-computes, so it is an error unless it is empty, or is known to concern something else. Dropout is not built: rates for
-training are passed over.
+computes, so it is an error unless it is empty, or is known to concern something else (see `hf.refuse_unknown`).
 """
 
 import math

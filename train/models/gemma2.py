@@ -8,7 +8,7 @@ from jlora.train.models.layers import CausalLM, DecoderConfig
 
 READS = (
     "attention_bias", "query_pre_attn_scalar", "hidden_activation", "sliding_window", "layer_types",
-    "final_logit_softcapping",
+    "final_logit_softcapping", "sliding_window_size",
 )  # fmt: skip
 
 

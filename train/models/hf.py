@@ -46,7 +46,7 @@ _ELSEWHERE = {
     "repetition_penalty", "length_penalty", "num_beams", "num_return_sequences", "chunk_size_feed_forward", "prefix",
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attn_pdrop", "summary_first_dropout",
     "gradient_checkpointing", "output_past", "output_attentions", "output_hidden_states", "torchscript",
-    "unsloth_version", "unsloth_fixed",
+    "is_llama_config", "unsloth_version", "unsloth_fixed",
 }  # fmt: skip
 
 
@@ -142,7 +142,7 @@ class Family:
     """What is particular to one `model_type`: how its config.json is read, the module it describes, and its files.
 
     `inputs` gives the shapes of an example of what the module is called with, `targets` are the patterns of the leaves
-    to adapt when none are chosen.
+    to adapt when none are chosen, `writes_text` is whether the model predicts the next token.
     """
 
     model_type: str
@@ -151,6 +151,7 @@ class Family:
     layout: Layout = Layout()
     inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]] = token_ids
     targets: tuple[str, ...] = ("all-linear",)
+    writes_text: bool = True
 
 
 def needed(source: dict[str, Any], key: str) -> Any:
@@ -166,7 +167,8 @@ def refuse_unknown(source: dict[str, Any], read: Iterable[str]) -> None:
     Let pass are empty ones, and those that are known to concern something else, such as rates of dropout.
     """
     known = _ELSEWHERE | set(read)
-    told = lambda key: key in known or key.startswith("_") or key.endswith(("_token_id", "_token_ids"))
+    begins, ends = ("_", "transformers"), ("_token_id", "_token_ids")
+    told = lambda key: key in known or key.startswith(begins) or key.endswith(ends)
     unknown = {key: value for key, value in source.items() if value and not told(key)}
     if "quantization_config" in unknown:
         raise ValueError("the checkpoint is quantized (quantization_config), and such files are not read here")

@@ -31,7 +31,7 @@ class RopeScaling:
     `original_max_position / low_freq_factor`, keeps those below `original_max_position / high_freq_factor`, and
     interpolates in between. Two depend on the length n of the longest sequence of the batch: "dynamic" raises theta
     with it once it exceeds `original_max_position`; "longrope" divides each frequency by a number of its own, of
-    `short` or, beyond `original_max_position`, of `long`, and multiplies queries and keys by `amplitude`. With a cache,
+    `short` or, beyond `original_max_position`, of `long`, and multiplies what is rotated by `amplitude`. With a cache,
     keys keep the frequencies of the length at which they were written.
     """
 
@@ -389,10 +389,8 @@ class Decoder(nn.Module):
         if positions is None:
             positions = slots[None]
         local = [c.is_local(i) for i in range(c.num_layers)]
-        names = sorted(set(local))
-        near = slots[:, None] - jnp.arange(mask.shape[-1]) < (c.window or 0)
-        kinds = [(*self._rotation(positions, name), mask & near if name else mask) for name in names]
-        layers = jnp.arange(c.num_layers), jnp.array([names.index(name) for name in local])
+        kinds = [self._kind(kind, positions, slots, mask) for kind in sorted(set(local))]
+        layers = jnp.arange(c.num_layers), jnp.array(local, jnp.int32)  # the second is read where there are two kinds
         x = self.embed_tokens(ids)
         if c.scale_embeddings:
             x *= jnp.asarray(math.sqrt(c.hidden_size), x.dtype)
@@ -401,14 +399,15 @@ class Decoder(nn.Module):
             cache = cache.replace(index=cache.index + ids.shape[1])
         return self.norm(x), cache
 
-    def _rotation(self, positions, local):
-        """Cosines and sines [b, t, half]."""
-        angles = positions[..., None].astype(jnp.float32)
-        angles = angles * rotary_frequencies(self.config, local, jnp.max(positions) + 1)
-        scaling = self.config.rope_scaling
-        if scaling is None or scaling.amplitude == 1:
-            return jnp.cos(angles), jnp.sin(angles)
-        return scaling.amplitude * jnp.cos(angles), scaling.amplitude * jnp.sin(angles)
+    def _kind(self, local, positions, slots, mask):
+        """What one kind of layer attends with: cosines and sines [b, t, half], and the mask."""
+        c = self.config
+        if local:
+            mask = mask & (slots[:, None] - jnp.arange(mask.shape[-1]) < c.window)
+        angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(c, local, jnp.max(positions) + 1)
+        scaling = None if local and c.local_rope_theta is not None else c.rope_scaling
+        amplitude = 1.0 if scaling is None else scaling.amplitude
+        return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles), mask
 
 
 class CausalLM(nn.Module):

@@ -7,8 +7,8 @@ from jlora.train.models.decoder import ALL_BUT_GATES, decoder_config
 from jlora.train.models.layers import CausalLM, DecoderConfig, Experts
 
 READS = (
-    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
-    "mlp_only_layers", *qwen2.WINDOW,
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob",
+    "decoder_sparse_step", "mlp_only_layers", *qwen2.WINDOW,
 )  # fmt: skip
 
 

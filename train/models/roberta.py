@@ -83,4 +83,4 @@ LAYOUT = hf.Layout(
     new_head=r"^classifier/",
     redundant=r"embeddings\.position_ids$|^lm_head\.|(^|\.)pooler\.|^classifier\.",
 )
-FAMILY = hf.Family("roberta", config, module, LAYOUT)
+FAMILY = hf.Family("roberta", config, module, LAYOUT, writes_text=False)

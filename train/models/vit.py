@@ -167,4 +167,4 @@ LAYOUT = hf.Layout(
     new_head=r"^classifier/",
     redundant=r"(^|\.)pooler\.|^classifier\.",
 )
-FAMILY = hf.Family("vit", config, module, LAYOUT, inputs)
+FAMILY = hf.Family("vit", config, module, LAYOUT, inputs, writes_text=False)
