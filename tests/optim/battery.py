@@ -1,0 +1,44 @@
+"""The table of all transformations of jlora.optim, for the battery. A new one adds a row."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+import jlora
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One transformation, at settings for the toy problems.
+
+    Attributes:
+      make: of a learning rate, a number or a schedule, the whole optimizer.
+      plain: whether it works on trees of plain matrices.
+      adapted: whether it works on the trainable parameters of an adapted tree.
+      rate: that suits the toy problem.
+    """
+
+    make: Callable[[Any], optax.GradientTransformation]
+    plain: bool = True
+    adapted: bool = True
+    rate: float = 0.1
+
+
+def galore(rate: Any, eps: float = 1e-8, **options: Any) -> optax.GradientTransformation:
+    return jlora.optim.galore(optax.adamw(rate, eps=eps, weight_decay=0.01), 2, period=5, scale=1.0, **options)
+
+
+ROWS = {
+    "galore": Row(lambda rate: galore(rate)),
+    "galore_svd": Row(lambda rate: galore(rate, solver="svd", side="larger")),
+    "galore_eigh": Row(lambda rate: galore(rate, solver="eigh", transport="rotate")),
+    "galore_subspace": Row(lambda rate: galore(rate, solver="subspace", transport="reset")),
+    # With both sides R is diagonal at first, up to rounding, which a smaller eps would turn into steps.
+    "galore_both": Row(lambda rate: galore(rate, eps=1e-3, side="both", solver="svd", transport="rotate")),
+    "fira": Row(lambda rate: jlora.optim.fira(rate, 2, period=5, weight_decay=0.01)),
+    "apollo": Row(lambda rate: jlora.optim.apollo(rate, 2, period=5, weight_decay=0.01)),
+    "dct": Row(lambda rate: jlora.optim.dct(optax.adamw(rate), 2)),
+    "dct_feedback": Row(lambda rate: jlora.optim.dct(optax.adamw(rate), 2, period=5, error_feedback=True)),
+}
