@@ -70,7 +70,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gralora, k=4": ("gralora", {"rank": RANK, "alpha": 16.0, "blocks": 4}),
     "ia3, inputs": ("ia3", {"on": "inputs"}),
     "lokr, both": ("lokr", {"rank": 16, "decompose_both": True}),
-    "oft, neumann": ("oft", {"neumann": 5}),
+    "oft, exact": ("oft", {"neumann": None}),
     "road, 4": ("road", {"variant": 4}),
     "tied_lora, vectors": ("tied_lora", {"trained": "uv"}),
 }

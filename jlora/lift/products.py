@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jlora.factors import Factors
-from jlora.kernels import lora_linear
+from jlora.kernels import lora_linear, product
 from jlora.lift.core import Run, is_adapted, plain, rule
 from jlora.storage import Stored, is_stored
 from jlora.weight import IN, OUT, STACK, AdaptedWeight, Atom, Context, Params, Unadapted
@@ -72,12 +72,14 @@ class LinearDot(_Branch):
 
     ``out_spec``: how the result is sharded where the model says so (explicit sharding over contracted axes). The
     factors then follow x and the result: the rank is sharded over nothing.
+    ``implementation``: of the kernels, as in a ``Context``.
     """
 
     precision: Any
     preferred: Any
     kind: str = "linear"
     out_spec: PartitionSpec | None = None
+    implementation: str | None = None
 
     def features_last(self, x: Array) -> bool:
         # An axis that is sharded by its type is reshaped only by saying how, and that may move data.
@@ -94,24 +96,35 @@ class LinearDot(_Branch):
             x, w, axes, precision=self.precision, preferred_element_type=preferred, out_sharding=spec
         )
 
+    def _product(self, x: Array, m: Array, preferred: Any) -> Array:
+        return product(
+            x,
+            m,
+            implementation=self.implementation,
+            precision=self.precision,
+            preferred_element_type=preferred,
+        )
+
     def __call__(self, x: Array, w: Array) -> Array:
+        if self.out_spec is None and x.dtype == w.dtype:
+            return self._product(x, w, self.preferred)
         return self._dot(x, w, self.preferred, self.out_spec)
 
     def inner(self, x: Array, a: Array) -> Array:
-        a = a.astype(x.dtype)
         if self.out_spec is None:
-            return self._dot(x, a, None, None)
+            return self._product(x, a, None)
+        a = a.astype(x.dtype)
         *rows, contracted = jax.typeof(x).sharding.spec
         return self._dot(x, jax.reshard(a, PartitionSpec(contracted, None)), None, PartitionSpec(*rows, None))
 
     def outer(self, h: Array, b: Array) -> Array:
-        b = b.astype(h.dtype)
-        if self.out_spec is not None:
-            b = jax.reshard(b, PartitionSpec(None, self.out_spec[-1]))
+        if self.out_spec is None:
+            return self._product(h, b, self.preferred)
+        b = jax.reshard(b.astype(h.dtype), PartitionSpec(None, self.out_spec[-1]))
         return self._dot(h, b, self.preferred, self.out_spec)
 
     def mix(self, y: Array, m: Array) -> Array:
-        return self._dot(y, m.astype(y.dtype), None, None)
+        return self._product(y, m, None)
 
     def factored(self, x: Array, w: Array, f: Factors, context: Context) -> Array:
         if self.out_spec is not None:
@@ -174,6 +187,7 @@ def dot_general(run: Run, eqn: Any, values: list) -> list | None:
         eqn.params["preferred_element_type"],
         "transposed" if transposed else "linear",
         spec,
+        run.implementation,
     )
     y = _apply(run, w, dot, x, transposed, batched)
 

@@ -21,14 +21,17 @@ parameters. It does not export to plain LoRA but truncated.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Float
 
+from jlora.kernels import product
 from jlora.methods.base import Method, Site, require, sharded_as
 from jlora.methods.miss import nearest_divisor
 from jlora.weight import Context, Dot, Params
@@ -93,11 +96,13 @@ class C3A(Method):
     def forward(self, dot: Dot, x: Array, w: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
         if dot.kind != "linear":
             return super().forward(dot, x, w, p, ctx)
-        y, change = dot(x, w), _circular(_whole_features(x), p.trainable["kernel"], False, w.shape[0])
-        return y + sharded_as(y, change.astype(y.dtype)), None
+        return self._branch(x, dot(x, w), p, False, w.shape[0], ctx), None
 
     def forward_transposed(self, dot: Dot, x: Array, wt: Float[Array, "out in"], p: Params, ctx: Context) -> Array:
-        y, change = dot(x, wt), _circular(_whole_features(x), p.trainable["kernel"], True, wt.shape[1])
+        return self._branch(x, dot(x, wt), p, True, wt.shape[1], ctx)
+
+    def _branch(self, x: Array, y: Array, p: Params, transposed: bool, n_in: int, ctx: Context) -> Array:
+        change = _circular(_whole_features(x), p.trainable["kernel"], transposed, n_in, ctx.implementation)
         return y + sharded_as(y, change.astype(y.dtype))
 
     def describe(self) -> dict[str, str]:
@@ -114,40 +119,57 @@ def _whole_features(x: Array) -> Array:
 
 
 def _circular(
-    x: Float[Array, "*t p"], kernel: Float[Array, "m n b"], transposed: bool, n_in: int
+    x: Float[Array, "*t p"], kernel: Float[Array, "m n b"], transposed: bool, n_in: int, implementation: str | None
 ) -> Float[Array, "*t q"]:
-    """x times the change of the weight, or times its transpose, by way of frequencies."""
-    b = kernel.shape[-1]
+    """x times the change of the weight, or times its transpose, by way of frequencies.
+
+    A spectrum is pairs of real numbers, and its product with the kernel's one real matrix product for each pair, which
+    backends do faster than a complex one.
+    """
+    b, (*tokens, _) = kernel.shape[-1], x.shape
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    of_x = _spectrum(x.astype(wide).reshape(*x.shape[:-1], -1, b))
-    of_kernel = _spectrum(kernel.astype(wide))
-    if transposed:
-        product = jnp.einsum("...mf,mnf->...nf", of_x, of_kernel)
-    else:
-        product = jnp.einsum("...nf,mnf->...mf", of_x, of_kernel.conj())
-    return _blocks(product, b).reshape(*x.shape[:-1], -1) / n_in
+    times = functools.partial(product, implementation=implementation)
+    of_x = _spectrum(x.astype(wide).reshape(*tokens, -1, b), times)
+    real, imag = jnp.moveaxis(_spectrum(kernel.astype(wide), times), -1, 0)
+    # A complex number as the 2 x 2 matrix that multiplies by it; the first pair is two real ones.
+    lone = jnp.arange(real.shape[-1]) == 0
+    cross = jnp.where(lone, 0.0, imag if transposed else -imag)
+    matrices = jnp.stack([real, cross, -cross, jnp.where(lone, imag, real)], axis=-1).reshape(*real.shape, 2, 2)
+    matrices = jnp.einsum("mnfcd->fmcnd" if transposed else "mnfcd->fncmd", matrices)
+    f, n, _, m, _ = matrices.shape
+    of_x = jnp.moveaxis(of_x, -2, -3).reshape(*tokens, f, 2 * n)
+    z = jax.vmap(times, (-2, 0), -2)(of_x, matrices.reshape(f, 2 * n, 2 * m))
+    z = jnp.moveaxis(z.reshape(*tokens, f, m, 2), -3, -2)
+    return _blocks(z, b, times).reshape(*tokens, -1) / n_in
 
 
-def _waves(b: int, dtype: Any) -> tuple[Float[Array, "b f"], Float[Array, "b f"]]:
-    angle = 2 * jnp.pi / b * (jnp.arange(b)[:, None] * jnp.arange(b // 2 + 1) % b).astype(dtype)
-    return jnp.cos(angle), jnp.sin(angle)
+def _waves(b: int, dtype: Any) -> Float[Array, "b f 2"]:
+    """The matrix of the transform: cosines and sines of each frequency. Of the lowest, and of the highest of an even b,
+    there are cosines only; they make the first pair, so that b numbers have b frequencies."""
+    angle = 2 * jnp.pi / b * (jnp.arange(b)[:, None] * jnp.arange((b + 1) // 2) % b).astype(dtype)
+    waves = jnp.stack([jnp.cos(angle), -jnp.sin(angle)], axis=-1)
+    return waves if b % 2 else waves.at[:, 0, 1].set((1 - 2 * (jnp.arange(b) % 2)).astype(dtype))
 
 
-def _spectrum(blocks: Float[Array, "*t b"]) -> Complex[Array, "*t f"]:
+def _spectrum(blocks: Float[Array, "*t b"], times: Callable[..., Array]) -> Float[Array, "*t f 2"]:
     """The discrete Fourier transform of real blocks, half of it. Short ones are multiplied by its matrix: that is fast
     wherever products are, and other axes stay sharded as they are."""
     b = blocks.shape[-1]
-    if b > _LONGEST:
-        return jnp.fft.rfft(blocks)
-    cos, sin = _waves(b, blocks.dtype)
-    return jax.lax.complex(blocks @ cos, -(blocks @ sin))
+    if b <= _LONGEST:
+        return times(blocks, _waves(b, blocks.dtype).reshape(b, -1)).reshape(*blocks.shape[:-1], -1, 2)
+    spectrum = jnp.fft.rfft(blocks)
+    pairs = jnp.stack([spectrum.real, spectrum.imag], axis=-1)
+    return pairs if b % 2 else pairs[..., :-1, :].at[..., 0, 1].set(spectrum.real[..., -1])
 
 
-def _blocks(spectrum: Complex[Array, "*t f"], b: int) -> Float[Array, "*t b"]:
+def _blocks(pairs: Float[Array, "*t f 2"], b: int, times: Callable[..., Array]) -> Float[Array, "*t b"]:
     """The inverse."""
-    if b > _LONGEST:
-        return jnp.fft.irfft(spectrum, b)
-    cos, sin = _waves(b, spectrum.real.dtype)
-    f = jnp.arange(b // 2 + 1)
-    twice = jnp.where((f == 0) | (2 * f == b), 1.0, 2.0).astype(cos.dtype) / b  # for the half that is left out
-    return (spectrum.real * twice) @ cos.T - (spectrum.imag * twice) @ sin.T
+    if b <= _LONGEST:
+        twice = jnp.where(jnp.arange((b + 1) // 2) == 0, 1.0, 2.0).astype(pairs.dtype) / b  # for the half left out
+        waves = _waves(b, pairs.dtype) * twice[:, None]
+        return times(pairs.reshape(*pairs.shape[:-2], -1), waves.reshape(b, -1).T)
+    real, imag = pairs[..., 0], pairs[..., 1].at[..., 0].set(0.0)
+    if b % 2 == 0:
+        real = jnp.concatenate([real, pairs[..., :1, 1]], axis=-1)
+        imag = jnp.concatenate([imag, jnp.zeros_like(imag[..., :1])], axis=-1)
+    return jnp.fft.irfft(jax.lax.complex(real, imag), b)

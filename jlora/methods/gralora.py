@@ -130,9 +130,12 @@ class GraLoRA(Method):
 
     def _branch(self, dot: Dot, x: Array, a: Array, b: Array, pair: Factors | None, dtype: Any) -> Array:
         k, s = self.blocks, self.rank // self.blocks
-        parts = x.reshape(*x.shape[:-1], k, -1)
-        h = dot.einsum("...jp,jpis->...jis", parts, a.reshape(k, -1, k, s)).astype(x.dtype)
-        y = dot.einsum("...jis,jsiq->...iq", h, b.reshape(k, s, k, -1)).reshape(*x.shape[:-1], -1)
+        a, b = jnp.split(a, k), b.reshape(k, s, k, -1)
+        # Products of plain matrices, k from the inputs and k to the outputs: a batched one would transpose activations.
+        h = [dot.inner(part, a[j]).reshape(*x.shape[:-1], k, s) for j, part in enumerate(jnp.split(x, k, axis=-1))]
+        h = jnp.stack(h, axis=-2)  # [..., part of out, part of in, rank of a block]
+        rows = [h[..., i, :, :].reshape(*x.shape[:-1], k * s) for i in range(k)]
+        y = jnp.concatenate([dot.outer(rows[i], b[:, :, i].reshape(k * s, -1)) for i in range(k)], axis=-1)
         if pair is not None:
             y = y + dot.outer(dot.inner(x, pair.a), pair.b)
         return (y * self.scale).astype(dtype)

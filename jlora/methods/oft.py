@@ -3,7 +3,8 @@ r"""OFT: the inputs of a weight are rotated, block by block; the weight itself k
 OFT: Controlling Text-to-Image Diffusion by Orthogonal Finetuning. Qiu et al., 2023. https://arxiv.org/abs/2306.07280
 OFTv2: Orthogonal Finetuning Made Scalable. Qiu et al., 2025. https://arxiv.org/abs/2506.19847
 
-.. math::  y = (x R) W, \qquad R = \mathrm{diag}(R_1, \dots, R_n), \qquad R_i = (I - Q_i)(I + Q_i)^{-1}
+.. math::  y = (x R) W, \qquad R = \mathrm{diag}(R_1, \dots, R_n), \qquad
+           R_i = I + 2 Q_i + 2 Q_i^2 + 2 Q_i^3 + Q_i^4 \approx (I + Q_i)(I - Q_i)^{-1}
 
 x [..., in], W [in, out] frozen, R_i [b, b] with n b = in, Q_i = -Q_i^T, held by its b (b - 1) / 2 entries above the
 diagonal, row by row. Trained: n b (b - 1) / 2 a matrix, or b (b - 1) / 2 with ``share``, where all blocks are one.
@@ -11,8 +12,10 @@ diagonal, row by row. Trained: n b (b - 1) / 2 a matrix, or b (b - 1) / 2 with `
 * Q starts at zero, so R at the identity.
 * The activation is rotated, T in b multiplications for T tokens; neither R as an [in, in] matrix nor R W is formed.
   Convolutions and experts do form R W.
-* ``neumann``: the inverse as a polynomial, R = I + 2 Q + ... + 2 Q^(k-2) + Q^(k-1) for k terms (OFTv2), which needs no
-  solve and is orthogonal only as far as Q is small. It approximates the inverse of the rotation above: PEFT has both
+* ``neumann``: k, the terms of the polynomial (OFTv2), 5 here and in PEFT: I + 2 Q + ... + 2 Q^(k-2) + Q^(k-1). It needs
+  no solve, and is orthogonal only as far as Q is small.
+* ``neumann=None``: the exact rotation, R_i = (I - Q_i)(I + Q_i)^-1, one solve for each block and step: LAPACK's on CPU,
+  which can cost more than the layer. What the polynomial approximates is the inverse of this rotation: PEFT has both
   signs and so has jlora, so that files mean the same.
 * ``coft``: the norm of each Q_i is at most eps / sqrt(n) (sqrt(1) with ``share``). What is beyond is drawn back where
   the parameters are used, and gradients pass as if it had not been. PEFT writes the drawn-back values over its
@@ -37,10 +40,19 @@ from jlora.methods.base import Method, Site, require
 from jlora.weight import Context, Dot, Params
 
 
+@jax.custom_jvp
 def cayley(q: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
-    """(I - q)(I + q)^-1, a rotation for a skew-symmetric q. The two commute, so either side may be solved for."""
+    """R = (I - q)(I + q)^-1, a rotation for a skew-symmetric q. The two commute, so either side may be solved for."""
     eye = jnp.eye(q.shape[-1], dtype=q.dtype)
     return jnp.linalg.solve(eye + q, eye - q)
+
+
+@cayley.defjvp
+def _cayley_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    """dR = -(I + R) dq (I + q)^-1, where the inverse is (I + R) / 2: a gradient solves nothing."""
+    rotation = cayley(*primals)
+    shifted = jnp.eye(rotation.shape[-1], dtype=rotation.dtype) + rotation
+    return rotation, -0.5 * (shifted @ tangents[0] @ shifted)
 
 
 def cayley_neumann(q: Float[Array, "*n b b"], terms: int) -> Float[Array, "*n b b"]:
@@ -87,7 +99,7 @@ class OFT(Method):
       adjust: where b or n does not divide the inputs, take the nearest number that does, the smaller of two, as PEFT
         does. Without it that is an error.
       share: one rotation for all blocks of a matrix.
-      neumann: the number of terms of the polynomial (PEFT's default is 5), or None for the exact rotation.
+      neumann: the number of terms of the polynomial, or None for the exact rotation.
       coft: eps, the bound of constrained OFT, or None.
     """
 
@@ -96,7 +108,7 @@ class OFT(Method):
     blocks: int | None = None
     adjust: bool = False
     share: bool = False
-    neumann: int | None = None
+    neumann: int | None = 5
     coft: float | None = None
 
     sliceable = frozenset({"out"})  # a slice along `in` cuts blocks

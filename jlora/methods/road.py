@@ -27,6 +27,7 @@ When to use it: very many adapters of a few kilobytes, and batches in which ever
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -37,8 +38,39 @@ from jlora.weight import Context, Dot, Params
 
 def half(z: Float[Array, "*t out"], group: int) -> Float[Array, "*t out"]:
     """(z1, z2) -> (-z2, z1), the halves of every group."""
-    parts = z.reshape(*z.shape[:-1], z.shape[-1] // group, 2, group // 2)
-    return jnp.stack([-parts[..., 1, :], parts[..., 0, :]], axis=-2).reshape(z.shape)
+    return _swap(_halves(z, group)).reshape(z.shape)
+
+
+def _halves(z: Float[Array, "*t out"], group: int) -> Float[Array, "*t n 2 g/2"]:
+    return z.reshape(*z.shape[:-1], z.shape[-1] // group, 2, group // 2)
+
+
+def _swap(parts: Float[Array, "*t n 2 g/2"]) -> Float[Array, "*t n 2 g/2"]:
+    return jnp.stack([-parts[..., 1, :], parts[..., 0, :]], axis=-2)
+
+
+def turn(group: int, z: Float[Array, "*t out"], c: Float[Array, "*t out"], s: Array) -> Float[Array, "*t out"]:
+    """c z + s half(z), summed while the halves are apart: XLA fuses that, and not a sum after ``half``."""
+    parts = _halves(z, group)
+    return (parts * _halves(c, group) + _swap(parts) * _halves(s, group)).reshape(z.shape)
+
+
+# With the gradient by hand: half is skew-symmetric, so a gradient turns back as one more elementwise pass. JAX would
+# pad and add the halves instead, each as large as z.
+_turn_by_hand = jax.custom_vjp(turn, nondiff_argnums=(0,))
+
+
+def _forward(group: int, z: Array, c: Array, s: Array) -> tuple[Array, tuple[Array, ...]]:
+    return turn(group, z, c, s), (z, c, s)
+
+
+def _backward(group: int, kept: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
+    z, c, s = kept
+    gains = jax.vjp(lambda c, s: z * c + half(z, group) * s, c, s)[1]
+    return dy * c - half(dy * s, group), *gains(dy)
+
+
+_turn_by_hand.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +140,8 @@ class RoAd(Method):
         if dot.kind == "conv":
             return super().forward(dot, x, w, p, ctx)
         y, (c, s) = dot(x, w), dot.per_matrix(self.gains, w, p)
-        return dot.per_output(y, c) + dot.per_output(half(y, self.group_size), s), None
+        rotation = turn if ctx.implementation == "plain" else _turn_by_hand
+        return rotation(self.group_size, y, dot.along(y, c), dot.along(y, s)), None
 
     def forward_transposed(self, dot: Dot, x: Array, wt: Float[Array, "out in"], p: Params, ctx: Context) -> Array:
         c, s = (gain.astype(x.dtype) for gain in self.gains(wt.T, p))

@@ -13,9 +13,10 @@ weight uses the leading rows and columns); the vectors d_m [r] are trained. Trai
 
 * The rank of the change is min(r^modes[0], r^modes[1]) where the sizes allow it: with two modes a side and r = 32 it is
   1024 for 128 trained numbers. With one mode a side it is VeRA without b and with a random matrix between its factors.
-* No change and no pair is formed where a matrix multiplies x: the factors act on one axis after the other, which costs
-  about r^(modes[0] + modes[1]) multiplications a token, less than the weight's own in out as long as r is below the
-  modes. Convolutions and ragged products take the pair of rank min(r^modes[0], r^modes[1]).
+* No change and no pair is formed where a matrix multiplies x and r is below the modes: the factors act on one axis
+  after the other, which costs about r^(modes[0] + modes[1]) multiplications a token, the core's. Where that is more
+  than the in out of the weight, the effective weight is formed, once for all tokens, and formed again for the gradient.
+  Convolutions and ragged products take the pair of rank min(r^modes[0], r^modes[1]).
 * F, G and H are normal and keep the variance; the last d starts at 0 and the others at ``d_initial``, so the output
   starts as the base's and only the last d has a gradient there.
 * The authors' code was not to be had. That vectors on a Tucker network with frozen, shared factors are trained is the
@@ -27,6 +28,7 @@ When to use it: the fewest trained numbers for a change of high rank.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -127,15 +129,28 @@ class TeRA(Method):
 
     def factors(self, w: Float[Array, "in out"], p: Params) -> Factors:
         f, core, h = self.pieces(w, p)
-        a, b = _kron(f), _kron(h)
-        return Factors(a @ core, b) if self.modes[0] >= self.modes[1] else Factors(a, core @ b)
+        if self.modes[0] >= self.modes[1]:
+            return Factors(_through(core.ravel(), [piece.T for piece in f]).reshape(-1, w.shape[0]).T, _kron(h))
+        return Factors(_kron(f), _through(core, h))
+
+    def weight(self, w: Float[Array, "in out"], p: Params) -> Float[Array, "in out"]:
+        f, core, h = self.pieces(w, p)
+        return w + _through(core.ravel(), [*(piece.T for piece in f), *h]).reshape(w.shape).astype(w.dtype)
+
+    def forms(self, w: Float[Array, "in out"]) -> bool:
+        """Whether a token costs more through the core than through the weight."""
+        return self.rank ** sum(self.modes) > w.shape[0] * w.shape[1]
 
     def forward(self, dot: Dot, x: Array, w: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
         if dot.kind != "linear":
             return super().forward(dot, x, w, p, ctx)
+        if self.forms(w):
+            return jax.checkpoint(lambda x, w, p: dot(x, self.weight(w, p)))(x, w, p), None
         return _branch(dot, x, dot(x, w), *self.pieces(w, p)), None
 
     def forward_transposed(self, dot: Dot, x: Array, wt: Float[Array, "out in"], p: Params, ctx: Context) -> Array:
+        if self.forms(wt.T):
+            return jax.checkpoint(lambda x, wt, p: dot(x, self.weight(wt.T, p).T))(x, wt, p)
         f, core, h = self.pieces(wt.T, p)
         return _branch(dot, x, dot(x, wt), [piece.T for piece in h], core.T, [piece.T for piece in f])
 
@@ -151,13 +166,20 @@ def _kron(pieces: list[Array]) -> Array:
     return total
 
 
+def _through(z: Array, pieces: list[Array], einsum: Callable[..., Array] = jnp.einsum) -> Array:
+    """The last axis of z, cut into modes, times a piece [before, after] for each of the first of them. The axes that a
+    piece leaves come after those that are left: with a piece for each mode they are in order again."""
+    tokens = z.shape[:-1]
+    for piece in pieces:
+        z = einsum("...ij,ir->...jr", z.reshape(*tokens, piece.shape[0], -1), piece).astype(z.dtype)
+        z = z.reshape(*tokens, -1)
+    return z
+
+
 def _branch(dot: Dot, x: Array, y: Array, f: list[Array], core: Array, h: list[Array]) -> Array:
     """y + x (kron f) core (kron h)."""
     *rows, features = jax.typeof(x).sharding.spec
     z = x if features is None else jax.reshard(x, PartitionSpec(*rows, None))  # the modes would cut it anew
     for pieces in (f, [core], h):
-        for piece in pieces:  # on the first axis that is left, whose result goes to the end
-            z = z.reshape(*x.shape[:-1], piece.shape[0], -1)
-            z = dot.einsum("...ij,ir->...jr", z, piece).astype(x.dtype)
-        z = z.reshape(*x.shape[:-1], -1)
+        z = _through(z, pieces, dot.einsum)
     return y + z.astype(y.dtype)

@@ -139,7 +139,7 @@ ROWS = (
     Row("flora", jlora.FLoRA(2, rank_out=3), 5 * 6 + 2 * (8 + 3 * 16 + 16) + 3 * (16 + 3 * 16 + 8)),
     Row("delora", jlora.DeLoRA(2, strength=0.3), 288 + 5),
     Row("oft", jlora.OFT(2), 4 + 3 * 8 + 8),
-    Row("oft_blocks", jlora.OFT(blocks=1, neumann=6), 28 + 3 * 120 + 120, variant=True),
+    Row("oft_blocks", jlora.OFT(blocks=1, neumann=None), 28 + 3 * 120 + 120, variant=True),
     Row("adalora", jlora.AdaLoRA(2, alpha=3.0), 288 + 5 * 2),
     Row("hra", jlora.HRA(2), 2 * (8 + 3 * 16 + 16)),
     Row("shira", jlora.SHiRA(2), 288),
