@@ -266,6 +266,15 @@ def laid_as(w: Array, a: Float[Array, "in r"], b: Float[Array, "r out"]) -> tupl
     return a, b if n_out is None else jax.reshard(b, PartitionSpec(None, n_out))
 
 
+def contract(x: Float[Array, "*n k"], m: Float[Array, "k r"], dtype: Any = None) -> Float[Array, "*n r"]:
+    """``x @ m``. Where k is sharded by the type of ``x`` (explicit sharding), ``m`` is laid as it is and what comes out
+    is summed over the devices, in place of gathering ``x``."""
+    *rows, k = jax.typeof(x).sharding.spec
+    m = m if k is None else jax.reshard(m, PartitionSpec(k, None))
+    spec = None if k is None and all(axis is None for axis in rows) else PartitionSpec(*rows, None)
+    return jnp.matmul(x, m, preferred_element_type=dtype, out_sharding=spec)
+
+
 def sharded_as(w: Array, change: Array) -> Array:
     """``change`` sharded as ``w`` is by its type (explicit sharding), so that the two add up; the same elsewhere."""
     spec = jax.typeof(w).sharding.spec

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jlora.factors import Factors
-from jlora.methods.base import Method, Site, dropout, require, unsharded
+from jlora.methods.base import Method, Site, contract, dropout, require, unsharded
 from jlora.weight import Context, Dot, Params
 
 
@@ -102,7 +102,7 @@ class DEFT(Method):
     def taken(self, w: Float[Array, "in out"], p: Params) -> Factors:
         """The pair - W G^T Q."""
         q, g = self.pair(p.trainable["b"])
-        return Factors(-jnp.matmul(w, g.T.astype(w.dtype), preferred_element_type=g.dtype), q)
+        return Factors(-contract(w, g.T.astype(w.dtype), g.dtype), q)
 
     def factors(self, w: Float[Array, "in out"], p: Params) -> Factors:
         f = self.taken(w, p)

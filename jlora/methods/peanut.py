@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jlora.factors import Factors
-from jlora.methods.base import Method, Site, check_rank, require
+from jlora.methods.base import Method, Site, check_rank, contract, require
 from jlora.weight import Context, Dot, Params
 
 ACTIVATIONS = {
@@ -101,7 +101,7 @@ class PEANuT(Method):
     def network(self, rows: Float[Array, "*n out"], p: Params) -> Float[Array, "*n r"]:
         """f of rows of the weight, in the parameters' dtype."""
         act, a = ACTIVATIONS[self.activation], p.trainable["a"]
-        h = act(rows.astype(a.dtype) @ a)
+        h = act(contract(rows.astype(a.dtype), a))
         if not self.depth:
             return h
         skipped = []

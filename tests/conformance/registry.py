@@ -31,6 +31,7 @@ class Row:
       padding: entries of the trainable arrays that are always zero, and not in the count.
       starts_as_base: the output starts as the base's. The methods that do not, by design, say so in their file.
       draws: a key changes its output without dropout, too: the laws of dropout are not its own.
+      gathers: entries of the largest factor (never a weight) that it brings together where weights are sharded.
       batchwise: what it gives for a row of inputs depends on the rows beside it.
       reference: of a method that does not merge, ``(x, w, p) -> y``: the formula written plainly for one matrix. The
         laws compare with it where they compare others with the merged model.
@@ -47,6 +48,7 @@ class Row:
     starts_as_base: bool = True
     draws: bool = False
     batchwise: bool = False
+    gathers: int = 0
     reference: Callable[[jax.Array, jax.Array, Params], jax.Array] | None = None
 
 
@@ -173,7 +175,7 @@ ROWS = (
     # With gain_in=False in place of gain_out, bfloat16 gradients are off by 0.012 to 0.057, with the noise; exact ones
     # behind a plain bfloat16 model by 0.013 to 0.033. A gain has three numbers here: it is rounding, little averaged.
     Row("psoft_free", jlora.PSOFT(3, orthogonal=False, gain_out=False, symmetric=True), 5 * (9 + 3), variant=True),
-    Row("peanut", jlora.PEANuT(3, depth=2, activation="tanh"), 2 * 3 * (16 + 3 * 16 + 8) + 5 * 4 * 9),
+    Row("peanut", jlora.PEANuT(3, depth=2, activation="tanh"), 2 * 3 * (16 + 3 * 16 + 8) + 5 * 4 * 9, gathers=16 * 3),
     Row("pvera", jlora.PVeRA(5, d_initial=0.3), 10 * 5 + 16 + 3 * 16 + 8, draws=True),
     Row("supertuning", jlora.SuperTuning(0.9, rank=2), 12 + 3 * 25 + 12 + 288),
     Row("pela", jlora.PELA(2.0), 2 * 24 + 3 * 4 * 32 + 2 * 24, starts_as_base=False),

@@ -95,7 +95,7 @@ def test_vmap_over_an_ensemble(row: Row, case) -> None:
     assert_close(got, jnp.stack([merged_outputs(merged, inputs()), merged_outputs(merged_other, inputs())]))
 
 
-@over_most_rows
+@over_forms
 def test_gradients_of_every_example(row: Row, case) -> None:
     adapted, _ = case(row.name)
     loss = lambda trainable, x: jnp.sum(jnp.sin(lifted(adapted.bind(trainable), x)))

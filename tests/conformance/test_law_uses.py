@@ -16,10 +16,7 @@ from jlora.methods import Site
 
 # One use of each kind of product and loop. The others try what the interpreter does, whatever the method: they run for
 # one method of each form, and for all in the slow suite (`pytest -m slow tests/conformance`).
-KINDS = frozenset(
-    "linear transposed heads_merged conv conv_grouped lookup_and_tied_head experts ragged scan "
-    "sliced_out sliced_in".split()
-)
+KINDS = frozenset("linear heads_merged conv conv_grouped lookup_and_tied_head experts ragged scan".split())
 # The uses that multiply by ``x @ w``: the laws of a method that does not merge compare with its formula there.
 PLAIN_PRODUCTS = frozenset("linear loop scan fori_loop some_layers remat jit cond custom_vjp".split())
 

@@ -249,7 +249,7 @@ def largest_float(fn, *args) -> int:
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-@pytest.mark.parametrize("to", [NF4, Int8])
+@pytest.mark.parametrize("to", [NF4, pytest.param(Int8, marks=pytest.mark.slow)])
 def test_no_matrix_outlives_its_product(to, method):
     """One layer's matrices at most are formed, and a scan keeps none of them for its backward pass."""
     adapted = make_adapted(make_quantized(to), method, "**" if not isinstance(method, jlora.OFT) else "layers/**")
@@ -329,7 +329,7 @@ def test_shard_map(devices, axis):
 
 @pytest.mark.parametrize("side", ["in", "out"])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("to", [NF4, Int8])
+@pytest.mark.parametrize("to", [NF4, pytest.param(Int8, marks=pytest.mark.slow)])
 def test_on_a_mesh(devices, kind, side, to):
     mesh = Mesh(np.array(devices).reshape(2, 4), ("data", "model"), axis_types=(kind, kind))
     spec = {"in": P("model", None), "out": P(None, "model")}[side]
