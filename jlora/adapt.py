@@ -1,5 +1,7 @@
 """``adapt`` and what it makes: the user's tree, frozen, and a small trainable tree beside it."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -48,7 +50,7 @@ class Adapted:
         """What is adapted: path -> method, axes and shape."""
         return dict(self._sites)
 
-    def replace(self, **changes: Any) -> "Adapted":
+    def replace(self, **changes: Any) -> Adapted:
         """A copy with other ``base``, ``trainable`` or ``frozen``."""
         return dataclasses.replace(self, **changes)
 

@@ -1,5 +1,7 @@
 """A smaller model: pairs of factors in the places of weights, and the weights gone."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +65,7 @@ def factorize(
     return made.replace(base=jax.tree.unflatten(treedef, kept))
 
 
-def _absent(leaf: Any, axes: Axes) -> "Absent":
+def _absent(leaf: Any, axes: Axes) -> Absent:
     of = functools.partial(Absent.of, axes=axes)
     return jax.eval_shape(of, leaf) if is_abstract(leaf) else of(leaf)
 
@@ -82,7 +84,7 @@ class Absent(Quantized):
     nothing: Array | None = None
 
     @classmethod
-    def of(cls, w: Array, axes: Axes) -> "Absent":
+    def of(cls, w: Array, axes: Axes) -> Absent:
         stack, *_ = axes.canonical_shape(w.shape)
         return cls(axes, tuple(w.shape), jnp.dtype(w.dtype), jnp.zeros((*stack, 0), jnp.uint8))
 
@@ -90,7 +92,7 @@ class Absent(Quantized):
     def stack_shape(self) -> tuple[int, ...]:
         return self.nothing.shape[:-1]
 
-    def encode(self, w: Float[Array, "in out"]) -> "Absent":
+    def encode(self, w: Float[Array, "in out"]) -> Absent:
         return dataclasses.replace(self, nothing=jnp.zeros(0, jnp.uint8))
 
     def matrix(self) -> Float[Array, "in out"]:

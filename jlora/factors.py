@@ -1,5 +1,7 @@
 """The pair of low-rank factors, the one node type that every room of the library knows."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import jax
@@ -31,6 +33,6 @@ class Factors:
         """``scale * a @ b``, formed. For merging and for tests: nothing on the way of a training step calls it."""
         return self.scale * (self.a @ self.b)
 
-    def swap(self) -> "Factors":
+    def swap(self) -> Factors:
         """The factors of the transposed matrix: ``(a b)^T = b^T a^T``."""
         return Factors(self.b.swapaxes(-1, -2), self.a.swapaxes(-1, -2), self.scale)

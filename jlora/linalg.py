@@ -1,5 +1,7 @@
 """Linear algebra that several rooms need, at the highest matmul precision and in at least float32."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray

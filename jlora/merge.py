@@ -1,5 +1,7 @@
 """Folding adapters into weights."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

@@ -6,6 +6,8 @@ canonical order, and whatever slices the stack (a scan, an index) slices each of
 ``[in, out]``, by ``matrix()``, in the place where a product wants it and not before. ``jlora.quant`` has the formats.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -45,7 +47,7 @@ class Stored:
             fn = jax.vmap(fn)
         return fn(self)
 
-    def then(self, step: "Cast | Cut") -> "Stored":
+    def then(self, step: Cast | Cut) -> Stored:
         return Later(self, (step,))
 
 
@@ -119,7 +121,7 @@ class Cut:
     at: int
 
     @classmethod
-    def of(cls, stack: Sequence[int], take: Take, axis: int, sizes: Sequence[int], at: int) -> "Cut":
+    def of(cls, stack: Sequence[int], take: Take, axis: int, sizes: Sequence[int], at: int) -> Cut:
         if isinstance(take.start, int):
             return cls(None, take, axis, tuple(sizes), at)
         return cls(jnp.broadcast_to(take.start, stack), dataclasses.replace(take, start=0), axis, tuple(sizes), at)

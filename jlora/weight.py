@@ -14,6 +14,8 @@ Layout changes edit ``base`` and ``labels`` only. The parameters stay as they ar
 A reshape may even mix groups for a while: what counts is where the atoms are when the product comes.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -57,7 +59,7 @@ class Axes:
                 f"stack={self.stack}, inputs={self.inputs}, outputs={self.outputs}."
             )
 
-    def labels(self, shape: Sequence[int]) -> tuple["Label", ...]:
+    def labels(self, shape: Sequence[int]) -> tuple[Label, ...]:
         if len(shape) != len(self.stack) + len(self.inputs) + len(self.outputs):
             raise ValueError(f"{self} does not fit a weight of shape {tuple(shape)}.")
         atoms = {}
@@ -141,7 +143,7 @@ class Dot(Protocol):
     def einsum(self, subscripts: str, x: Array, w: Array) -> Array:
         """A product of x and parameters in the arithmetic of the base's; only where ``features_last``."""
 
-    def per_matrix(self, fn: Callable[[Array, "Params"], Any], w: Array, p: "Params") -> Any:
+    def per_matrix(self, fn: Callable[[Array, Params], Any], w: Array, p: Params) -> Any:
         """``fn(w, p)`` for one matrix, mapped over the experts where the product has many."""
 
     def per_output(self, y: Array, g: Array) -> Array:
@@ -219,7 +221,7 @@ class AdaptedWeight:
     path: str = dataclasses.field(metadata=dict(static=True))
 
     @classmethod
-    def unadapted(cls, base: Stored, path: str) -> "AdaptedWeight":
+    def unadapted(cls, base: Stored, path: str) -> AdaptedWeight:
         """A stored leaf of a tree, without a method."""
         return cls(base, Params(), None, None, None, Unadapted(), base.axes.labels(base.shape), path)
 
@@ -248,7 +250,7 @@ class AdaptedWeight:
 
     # Layout changes: base and labels, and the stack axes of the parameters where those change.
 
-    def with_base(self, base: Array | Stored, labels: Sequence[Label] | None = None) -> "AdaptedWeight":
+    def with_base(self, base: Array | Stored, labels: Sequence[Label] | None = None) -> AdaptedWeight:
         new = dataclasses.replace(self, base=base, labels=self.labels if labels is None else tuple(labels))
         old, now = self.stack_shape, new.stack_shape
         if old == now:
@@ -258,16 +260,16 @@ class AdaptedWeight:
         base = reshape(base) if is_stored(base) else base
         return dataclasses.replace(new, base=base, own=reshape(self.own), keys=reshape(self.keys))
 
-    def reshaped(self, base: Array | Stored, shape: Sequence[int]) -> "AdaptedWeight | None":
+    def reshaped(self, base: Array | Stored, shape: Sequence[int]) -> AdaptedWeight | None:
         """This weight with ``base`` reshaped. None where a new axis would cut an atom at an uneven place."""
         labels = relabel(self.labels, shape)
         return None if labels is None else self.with_base(base, labels)
 
-    def cast(self, dtype: Any) -> "AdaptedWeight":
+    def cast(self, dtype: Any) -> AdaptedWeight:
         """A stored weight that gives matrices of another dtype."""
         return self if dtype == self.dtype else dataclasses.replace(self, base=self.base.then(Cast(jnp.dtype(dtype))))
 
-    def sliced(self, axis: int, take: Take) -> "AdaptedWeight | None":
+    def sliced(self, axis: int, take: Take) -> AdaptedWeight | None:
         """This weight restricted to a range of one axis.
 
         A stack axis restricts every leaf; an in or out axis restricts the leaves that have it, if the method says that

@@ -12,6 +12,8 @@ The gradient written by hand keeps x and h = x A beside the parameters, and noth
 Neither A B nor, for a frozen W, dW is ever formed. Where neither A nor W is trained (VeRA, LoRA-FA), x is not kept.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from functools import partial
 from typing import Any
@@ -106,7 +108,7 @@ def _check_shapes(x, w, a, b, scale) -> None:
         raise ValueError(f"{got}, which do not fit together; {want}. A weight stored as [out, in] is passed as w.T.")
 
 
-def _pieces_class(implementation: str | None, compute) -> "type[Pieces]":
+def _pieces_class(implementation: str | None, compute) -> type[Pieces]:
     if implementation is None or implementation in ("plain", "custom_vjp"):
         return Pieces
     if implementation not in IMPLEMENTATIONS:

@@ -4,6 +4,8 @@ JAX's own rule puts the cotangent first in the product that gives the gradient o
 XLA then transposes all of it on CPU, which costs as much as the products of a narrow m.
 """
 
+from __future__ import annotations
+
 from functools import partial
 from typing import Any
 

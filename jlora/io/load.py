@@ -1,5 +1,7 @@
 """From a PEFT directory to an ``Adapted``."""
 
+from __future__ import annotations
+
 import collections
 import dataclasses
 import itertools

@@ -6,6 +6,8 @@ of the last layer are [matrices, adapters], the matrices in the order in which t
 That order is not in the file.
 """
 
+from __future__ import annotations
+
 import os
 import pathlib
 import re

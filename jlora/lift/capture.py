@@ -5,6 +5,8 @@ the statistics of this call. So one ordinary ``jax.grad`` collects them: per lay
 over uses and microbatches and reduced over devices like any gradient.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from functools import partial

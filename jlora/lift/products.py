@@ -5,6 +5,8 @@ brings the activation to canonical form, hands the method a ``Dot`` for this kin
 shape and axis order that the equation promised.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math

@@ -1,5 +1,7 @@
 """How a model uses each of its leaves: the interpreter of ``core.py`` with probes for weights."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any

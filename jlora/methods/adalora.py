@@ -18,6 +18,8 @@ When to use it: with an allocator, for one budget of rank over matrices of unlik
 with a gate on each term and another start.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -23,6 +23,8 @@ and b_o [r] trained. Trained: K R r + r out a matrix.
 When to use it: fewer trained numbers than LoRA's of the same rank, R in place of ``in`` to a direction.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

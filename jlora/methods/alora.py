@@ -26,6 +26,8 @@ There is no weight to merge. Embeddings and convolutions have no aLoRA, in PEFT 
 When to use it: many small skills on one long conversation, none of which computes the conversation anew.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

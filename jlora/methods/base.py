@@ -11,6 +11,8 @@ All functions see one matrix: ``w`` is ``[in, out]``, parameters have no stack a
 mapped over by the caller. Shapes below leave the stack axes out.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -35,7 +37,7 @@ class Site:
       shape: the leaf's shape.
     """
 
-    method: "Method"
+    method: Method
     axes: Axes | None
     shape: tuple[int, ...]
 

@@ -18,6 +18,8 @@ Trained: r in / n + r out a matrix, or r in + r out / n.
 When to use it: to serve many adapters on a cut model. At the count of LoRA of rank r it affords about twice the rank.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

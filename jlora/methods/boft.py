@@ -17,6 +17,8 @@ in; s [out] trained. Trained: m n b^2 + out a matrix, of which a little less tha
 When to use it: for rotations that mix more inputs than OFT's blocks at the same count. It is the slowest of the family.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -33,6 +33,8 @@ When to use it: to compare with the adapter literature, and where a task wants a
 4 T r out FLOPs a forward pass and is there at inference, too.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

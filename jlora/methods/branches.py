@@ -19,6 +19,8 @@ A branch whose number is not in the range of an array's entries does not act. ``
 makes a plain LoRA of what a context chooses, exactly, for merging and for PEFT's files.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -20,6 +20,8 @@ When to use it: a high rank, and a count that does not depend on it. b as large 
 parameters. It does not export to plain LoRA but truncated.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math

@@ -23,6 +23,8 @@ When to use it: to add a subject or a style to a model that should otherwise sta
 only narrows what the model can say.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -17,6 +17,8 @@ the start, frozen; g [r]. Trained: r (in + out) + 1 a matrix.
 When to use it: long training or large learning rates, where LoRA drifts far from the base; lambda bounds how far.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

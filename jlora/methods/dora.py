@@ -22,6 +22,8 @@ When to use it: small ranks, where it often beats LoRA at the same count; it cos
 for the norm. A change of all columns' lengths is not of low rank: it merges, but exports to plain LoRA only truncated.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -21,6 +21,8 @@ the inverse discrete Fourier transform of a matrix of zeros with c in the n plac
 When to use it: adapters of a few kilobytes. s is large, 100 to 300, since waves are spread over the whole weight.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -27,6 +27,8 @@ places off the diagonal that are drawn once for V, frozen. Trained: in + K a mat
 When to use it: a full-rank change with fewer trained numbers than LoRA's, where memory for the frozen U is there.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

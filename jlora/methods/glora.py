@@ -32,6 +32,8 @@ When to use it: as vectors, to rescale features at the cost of IA3 with a shift.
 change is too little; HiRA has the multiplicative one alone.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

@@ -21,6 +21,8 @@ When to use it: larger ranks (k = 2 up to rank 32, 4 above), and inputs with a f
 whose gradient would swamp a single pair's: here they reach the pairs of their own rows only.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

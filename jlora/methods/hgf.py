@@ -29,6 +29,8 @@ or + out. Rounding has the derivative of the identity (straight through), for x 
 When to use it: research on ternary models. To run a trained model in 4 bits, quantize the base and use LoRA.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -20,6 +20,8 @@ When to use it: where LoRA's rank is what limits it, and larger ranks of LoRA co
 plain LoRA only truncated.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

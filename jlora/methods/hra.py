@@ -20,6 +20,8 @@ When to use it: where the weight's angles should be kept (as by OFT) at LoRA's c
 parameters at equal rank. The rank should be even.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -26,6 +26,8 @@ When to use it: output projections and the second layer of an MLP, where the pap
 on features that the model already has. With q = 0 it is LoRA, with r = 0 a linear adapter behind the layer.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -20,6 +20,8 @@ When to use it: a handful of examples, or very many adapters, at a hundredth of 
 can carry.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -29,6 +29,8 @@ backwards: y2 first, then y1. Trained: for NICE about out^2 / (2 reduction) numb
 When to use it: a language, or a vocabulary, that the model saw little of, beside ``Bottleneck`` in the layers.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -20,6 +20,8 @@ When to use it: in the place of LoRA where the base is thought to hold knowledge
 pairs; merged it costs nothing.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -47,6 +47,8 @@ When to use them: CPLoRA for the smallest adapters of a convolution and the chea
 its paper finds that they pay. TuckerLoRA for more freedom at nearly that price. ConvLoRA where its tensors are given.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

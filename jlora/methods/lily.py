@@ -21,6 +21,8 @@ matrix; for the N matrices of a shape together, r in N / stride (rounded up) and
 When to use it: few pairs of a large rank in place of many of a small one, where layers are alike and batches are large.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

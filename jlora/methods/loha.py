@@ -29,6 +29,8 @@ When to use it: a change of high rank at LoRA's count of twice the rank; for ima
 has rank 64, and runs like it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

@@ -26,6 +26,8 @@ When to use it: the smallest adapters that still have a high rank (that of W_1 t
 for a matrix of millions.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

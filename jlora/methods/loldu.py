@@ -18,6 +18,8 @@ When to use it: for the fewest numbers to store, r a matrix where LoRA-XS has r^
 what LoRA of that rank costs to run.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

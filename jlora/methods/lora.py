@@ -17,6 +17,8 @@ When to use it: always first. It costs 6 T r (in + out) FLOPs on top of the froz
 merges without a trace.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

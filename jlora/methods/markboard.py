@@ -23,6 +23,8 @@ is not here; merging the copy (``jlora.merge``) ties them in its own way.
 When to use it: many copies of one model, each of which has to be told apart from its answers.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -43,6 +43,8 @@ When to use them: LoRA-XS and LoRA-SB where adapters are many or sent around, hu
 nearly its speed. SLoRA and NLoRA for LoRA's count and a little more. FLoRA where in and out want different ranks.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

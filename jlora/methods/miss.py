@@ -21,6 +21,8 @@ When to use them: MiSS instead of LoRA where speed and memory count, at a large 
 trains. Bat gives more for its count than MiSS, and has the cost of a weight that is formed at each step.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

@@ -18,6 +18,8 @@ When to use it: many layers of equal shape, and fewer parameters than LoRA of th
 8 e. It costs what LoRA of rank r costs to run, and a gather of the factors.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import Any

@@ -29,6 +29,8 @@ does not see.
 When to use it: one backbone for many dense tasks, each with a head of its own.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

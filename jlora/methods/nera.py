@@ -24,6 +24,8 @@ When to use it: where a task bends what the features mean, and a LoRA of larger 
 branch here, in parameters and time.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -30,6 +30,8 @@ When to use them: when the rank that a task needs, or a device affords, is not k
 trains every rank in every step, and DyLoRA one.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

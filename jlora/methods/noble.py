@@ -31,6 +31,8 @@ When to use it: pretraining, where the paper reports fewer steps to a loss for a
 r = 64 is usual.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

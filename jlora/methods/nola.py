@@ -19,6 +19,8 @@ When to use it: the smallest files where the rank has to be high. It draws m r (
 pass and as many in a backward one, which is more work than LoRA of rank r unless the batch is large: merge it to serve.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 
@@ -31,13 +33,13 @@ from jlora.methods.base import Method, Site, check_rank, require
 from jlora.weight import Params
 
 
-def random_matrix(seed: UInt32[Array, "2"], i: Any, shape: tuple[int, int]) -> Array:
+def random_matrix(seed: UInt32[Array, 2], i: Any, shape: tuple[int, int]) -> Array:
     """The i-th matrix of a seed, uniform in +-1."""
     key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), i)
     return jax.random.uniform(key, shape, jnp.float32, -1.0, 1.0)
 
 
-def combination(seed: UInt32[Array, "2"], coefficients: Float[Array, " m"], shape: tuple[int, int]) -> Array:
+def combination(seed: UInt32[Array, 2], coefficients: Float[Array, " m"], shape: tuple[int, int]) -> Array:
     """The sum of the first m matrices of a seed, times the coefficients."""
 
     @jax.checkpoint

@@ -26,6 +26,8 @@ When to use it: to keep what a model knows of the relations between its neurons 
 kept). Small blocks have few parameters and cost little; the change to W has full rank, so it does not export to LoRA.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable

@@ -24,6 +24,8 @@ When to use it: tasks one after the other, without forgetting. It takes memory f
 optimizer's for that: not for a single task.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math

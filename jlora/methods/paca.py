@@ -20,6 +20,8 @@ When to use it: for the shortest step and the least memory of activations; as th
 than LoRA wants ranks.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

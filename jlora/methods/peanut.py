@@ -20,6 +20,8 @@ When to use it: at LoRA's cost and fewer parameters where out < in, if a nonline
 the try; depth 1 to 5 is what the paper varies.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import Any

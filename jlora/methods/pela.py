@@ -21,6 +21,8 @@ When to use it: not as an adapter. It makes a smaller and faster model of a larg
 large one's features and then fine-tuned, fully or with an adapter on ``jlora.merge`` of it.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

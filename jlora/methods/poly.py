@@ -21,6 +21,8 @@ K r (in + out) + tasks S K a matrix. S = 1 is Polytropon; more is MHR, where eve
 When to use it: many related tasks with few examples each, known by number.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -17,6 +17,8 @@ of each token. Trained: 2 r + out a matrix.
 When to use it: as VeRA, where uncertainty of the output is wanted as well, from several keys.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

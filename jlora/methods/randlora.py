@@ -21,6 +21,8 @@ When to use it: where the change is known not to be of low rank and full trainin
 n r >= lo columns: it costs 2 to 3 times what the frozen weight costs to run, and merges.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -24,6 +24,8 @@ variant     trained a matrix            theta and alpha
 When to use it: very many adapters of a few kilobytes, and batches in which every row has its own.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

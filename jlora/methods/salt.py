@@ -22,6 +22,8 @@ When to use it: models whose leading directions fit the task and whose sizes of 
 needs the singular value decomposition of every weight at the start.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

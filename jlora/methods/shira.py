@@ -20,6 +20,8 @@ many as LoRA of rank r, but the change is of high rank. v starts at zero, so the
 When to use it: adapters that are switched often or several at a time. It does not export to plain LoRA.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -28,6 +28,8 @@ When to use it: LoKr's sizes with a start from the weight. 64 x 64 by 64 x 64 fo
 a term.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

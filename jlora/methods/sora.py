@@ -15,6 +15,8 @@ W [in, out] frozen, A [in, R], B [R, out] and g [R] trained. Trained: R (in + ou
 When to use it: to let training find the rank of every layer. It costs what LoRA of rank R costs until it is pruned.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -34,6 +34,8 @@ When to use them: TinyLoRA for a handful of numbers (13 in the paper, trained wi
 keep the geometry of a weight like OFT, at a cost that does not grow with the layer.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -22,6 +22,8 @@ are used, so neither noise nor weight decay can fill them. The rank's growth ove
 When to use them: to go below LoRA's count at its rank. The features that come first are privileged by the triangles.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -17,6 +17,8 @@ that are largest by size, frozen; A [in, r], B [r, out] of Supra trained. Traine
 When to use it: sparse updates where a mask by size is wanted; without the places in its file, an adapter is K numbers.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -26,6 +26,8 @@ weight uses the leading rows and columns); the vectors d_m [r] are trained. Trai
 When to use it: the fewest trained numbers for a change of high rank.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Callable

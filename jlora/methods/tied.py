@@ -18,6 +18,8 @@ matrix.
 When to use it: between LoRA and VeRA in what is stored, at the cost of LoRA of rank r to run.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

@@ -15,6 +15,8 @@ When to use it: new tokens (of a dialogue format, say), or a few that mean somet
 rest.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

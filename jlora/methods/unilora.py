@@ -17,6 +17,8 @@ When to use it: the smallest adapters to store, d numbers (and a seed). It costs
 in memory an integer for each entry of the factors.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

@@ -21,6 +21,8 @@ together, as much as LoRA of rank r on h more tokens; beyond that it is LoRA of 
 times the learning rate of the bank.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

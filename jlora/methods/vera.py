@@ -15,6 +15,8 @@ When to use it: many adapters to store, each a few kilobytes. As a pair of plain
 default: it costs what LoRA of rank 256 costs to run.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any
 

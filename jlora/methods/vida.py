@@ -26,6 +26,8 @@ In the authors' code the high-rank strength is never set (an elif that is never 
 When to use it: a stream of test batches whose domain keeps changing, without labels. For anything else, LoRA.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from typing import Any

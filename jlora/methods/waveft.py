@@ -26,6 +26,8 @@ When to use it: where SHiRA or FourierFT would be: a change of high rank of a fe
 weight.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from typing import Any

@@ -15,6 +15,8 @@ When to use them: beside adapters, for the small leaves that adapters pass over,
 leaves ``Full`` is full fine-tuning, with its cost.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any

@@ -40,6 +40,8 @@ top_k kept of the whole tensor at once; here, as in PEFT, it is of each token.
 When to use it: a handful of adapters for different fields and texts that mix them. It costs two forward passes.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -183,7 +185,7 @@ def _ndim(given: Any) -> int:
 # Several adapters as one.
 
 
-def combine(*each: "Adapted") -> "Adapted":
+def combine(*each: Adapted) -> Adapted:
     """One ``Adapted`` with the adapters of several, all of plain LoRA and over the same base, in the order given.
 
     A leaf that some of them leave alone has rank 0 for those. Alphas that differ from layer to layer go into the pairs,
@@ -228,13 +230,13 @@ def _plain(f: Factors, frozen: Any) -> Factors:
     return Factors(f.a, f.b * frozen["scale"][..., None, None].astype(f.b.dtype), f.scale)
 
 
-def layers(adapted: "Adapted") -> int:
+def layers(adapted: Adapted) -> int:
     """L: the matrices that are mixed, every index of a stack counted."""
     return sum(site.stack for site in adapted.sites.values() if isinstance(site.method, XLoRA))
 
 
 def spread(
-    adapted: "Adapted", scalings: Float[Array, "batch seq layers adapters"]
+    adapted: Adapted, scalings: Float[Array, "batch seq layers adapters"]
 ) -> dict[str, Float[Array, "*stack batch seq adapters"]]:
     """The scalings of all matrices, leaf by leaf: the matrices are those of ``adapted.sites`` in their order, and the
     indices of a leaf's stack after each other."""

@@ -1,5 +1,7 @@
 """Adam in two parts, as the methods need it that measure its direction: without, and then with its bias correction."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import jax

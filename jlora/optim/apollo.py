@@ -3,6 +3,8 @@ r"""APOLLO: the gradient itself, scaled by what Adam does to a random projection
 APOLLO: SGD-like Memory, AdamW-level Performance. Zhu et al., 2024. https://arxiv.org/abs/2412.05270
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -4,6 +4,8 @@ SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models. Modo
 https://arxiv.org/abs/2505.17967
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -4,6 +4,8 @@ Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint? Chen 
 https://arxiv.org/abs/2410.01623
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -22,6 +22,8 @@ that it does not spoil a whole period. It still reaches the inner state: ``optax
 that.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol

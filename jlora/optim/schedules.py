@@ -1,5 +1,7 @@
 """Learning rates that come back up: for optax, as any schedule."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float

@@ -3,6 +3,8 @@
 Sparse Low-rank Adaptation of Pre-trained Language Models. Ding et al., 2023. https://arxiv.org/abs/2311.11696
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,7 +82,7 @@ def soft_threshold(
     return optax.GradientTransformation(init, update)
 
 
-def shrink(v: Float[Array, "..."], threshold: float | Array, reference: bool = False) -> Float[Array, "..."]:
+def shrink(v: Float[Array, ...], threshold: float | Array, reference: bool = False) -> Float[Array, ...]:
     """Soft thresholding; ``reference`` as for ``soft_threshold``."""
     size = jnp.abs(v)
     if reference:

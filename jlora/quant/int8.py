@@ -9,6 +9,8 @@ takes 8 + 32 / in bits a weight. Rounding is to the nearest, ties to the even nu
 products are in the activations' dtype, and there are no columns apart for outliers.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -41,7 +43,7 @@ class Int8(Quantized):
     def stack_shape(self) -> tuple[int, ...]:
         return self.codes.shape[:-2]
 
-    def encode(self, w: Float[Array, "in out"]) -> "Int8":
+    def encode(self, w: Float[Array, "in out"]) -> Int8:
         rows = self.to_rows(w).astype(self.wide)
         largest = jnp.max(jnp.abs(rows), axis=-1)
         codes = jnp.round(rows * over(127.0, largest)[:, None]).astype(jnp.int8)

@@ -1,5 +1,7 @@
 """What the formats have in common: a weight's shape and axes, and one matrix of it at a time."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 from typing import Any, ClassVar, Self

@@ -13,6 +13,8 @@ the fewer bits Q has. Every iteration after the first costs another quantization
 PEFT gives A and B the product that s A B has here, and so starts at W's approximation only where alpha is the rank.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -19,6 +19,8 @@ This is the order, the tables and the rounding of bitsandbytes: a checkpoint of 
 there and here. (For convolutions, which bitsandbytes leaves alone, the order is that of the leaf's own window.)
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -111,7 +113,7 @@ class NF4(Quantized):
     def _by_rows(self) -> bool:
         return self.row_shape[1] % self.block_size == 0
 
-    def encode(self, w: Float[Array, "in out"]) -> "NF4":
+    def encode(self, w: Float[Array, "in out"]) -> NF4:
         rows = unsharded(self.to_rows(w)).astype(self.wide)
         if not self._by_rows:
             rows = rows.reshape(1, -1)

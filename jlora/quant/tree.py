@@ -1,5 +1,7 @@
 """Quantizing the leaves of a parameter tree, and back."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
