@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jlora.factors import Factors
+from jlora.linalg import inverse
 from jlora.methods.base import Method, Site, require
 from jlora.weight import Context, Dot, Params
 
@@ -85,8 +86,8 @@ class HRA(Method):
         gram = jnp.matmul(u.T, u, precision=jax.lax.Precision.HIGHEST)
         eye = jnp.eye(self.rank, dtype=u.dtype)
         if self.orthogonal:
-            return u, 2.0 * jnp.linalg.inv(gram)
-        return u, jax.scipy.linalg.solve_triangular(jnp.triu(gram) - 0.5 * eye * gram, eye).T
+            return u, 2.0 * inverse(gram)
+        return u, inverse(jnp.triu(gram) - 0.5 * eye * gram).T
 
     def factors(self, w: Float[Array, "in out"], p: Params) -> Factors:
         u, m = self.reflections(p)

@@ -14,8 +14,8 @@ diagonal, row by row. Trained: n b (b - 1) / 2 a matrix, or b (b - 1) / 2 with `
   Convolutions and experts do form R W.
 * ``neumann``: k, the terms of the polynomial (OFTv2), 5 here and in PEFT: I + 2 Q + ... + 2 Q^(k-2) + Q^(k-1). It needs
   no solve, and is orthogonal only as far as Q is small.
-* ``neumann=None``: the exact rotation, R_i = (I - Q_i)(I + Q_i)^-1, one solve for each block and step: LAPACK's on CPU,
-  which can cost more than the layer. What the polynomial approximates is the inverse of this rotation: PEFT has both
+* ``neumann=None``: the exact rotation, R_i = (I - Q_i)(I + Q_i)^-1, by one elimination for each block and step, which
+  can cost more than the layer. What the polynomial approximates is the inverse of this rotation: PEFT has both
   signs and so has jlora, so that files mean the same.
 * ``coft``: the norm of each Q_i is at most eps / sqrt(n) (sqrt(1) with ``share``). What is beyond is drawn back where
   the parameters are used, and gradients pass as if it had not been. PEFT writes the drawn-back values over its
@@ -38,20 +38,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jlora.linalg import inverse
 from jlora.methods.base import Method, Site, require
 from jlora.weight import Context, Dot, Params
 
 
 @jax.custom_jvp
 def cayley(q: Float[Array, "*n b b"]) -> Float[Array, "*n b b"]:
-    """R = (I - q)(I + q)^-1, a rotation for a skew-symmetric q. The two commute, so either side may be solved for."""
+    """R = (I - q)(I + q)^-1 = 2 (I + q)^-1 - I, a rotation for a skew-symmetric q."""
     eye = jnp.eye(q.shape[-1], dtype=q.dtype)
-    return jnp.linalg.solve(eye + q, eye - q)
+    return 2 * inverse(eye + q) - eye
 
 
 @cayley.defjvp
 def _cayley_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """dR = -(I + R) dq (I + q)^-1, where the inverse is (I + R) / 2: a gradient solves nothing."""
+    """dR = -(I + R) dq (I + q)^-1, where the inverse is (I + R) / 2: a gradient inverts nothing."""
     rotation = cayley(*primals)
     shifted = jnp.eye(rotation.shape[-1], dtype=rotation.dtype) + rotation
     return rotation, -0.5 * (shifted @ tangents[0] @ shifted)
