@@ -41,4 +41,18 @@ ROWS = {
     "apollo": Row(lambda rate: jlora.optim.apollo(rate, 2, period=5, weight_decay=0.01)),
     "dct": Row(lambda rate: jlora.optim.dct(optax.adamw(rate), 2)),
     "dct_feedback": Row(lambda rate: jlora.optim.dct(optax.adamw(rate), 2, period=5, error_feedback=True)),
+    "lora_plus": Row(lambda rate: jlora.optim.lora_plus(optax.adamw(rate), 4.0), plain=False, rate=0.03),
+    "lora_pro": Row(lambda rate: jlora.optim.lora_pro(optax.adamw(rate)), plain=False),
+    "lora_pro_full": Row(lambda rate: jlora.optim.lora_pro_full(optax.adamw(rate)), plain=False),
+    "altlora": Row(lambda rate: jlora.optim.altlora(rate), plain=False, rate=3.0),
+    "altlora_alternate": Row(
+        lambda rate: jlora.optim.altlora(rate, order="alternate", period=2), plain=False, adapted=False, rate=3.0
+    ),
+    "altlora_plus": Row(lambda rate: jlora.optim.altlora_plus(rate, b2=0.99), plain=False),
+    "allora_approx": Row(lambda rate: jlora.optim.allora_approx(optax.adamw(rate)), plain=False),
+    "scaled_gd": Row(lambda rate: jlora.optim.scaled_gd(rate), plain=False, rate=3.0),
+    "scaled_adam": Row(lambda rate: jlora.optim.scaled_adam(rate, weight_decay=0.01), plain=False),
+    "lora_rite": Row(lambda rate: jlora.optim.lora_rite(rate, skip=None, escape=True), plain=False),
+    "lora_fa": Row(lambda rate: jlora.optim.lora_fa(optax.adamw(rate)), plain=False, adapted=False),
+    "ffa": Row(lambda rate: jlora.optim.ffa(optax.adamw(rate)), plain=False, adapted=False),
 }
