@@ -145,6 +145,38 @@ class Runner:
         return float(loss)
 
 
+def torch_model(config: llama.Config, params: Any) -> Any:
+    """The same Llama from transformers, with the same weights."""
+    import numpy as np
+    import torch
+    import transformers
+
+    torch.set_num_threads(os.cpu_count())
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=config.vocab,
+            hidden_size=config.dim,
+            intermediate_size=config.ffn,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            rms_norm_eps=1e-5,
+            use_cache=False,
+            attn_implementation="sdpa",
+        )
+    )
+    state = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
+    state["lm_head.weight"] = params["lm_head"].T
+    for i, layer in enumerate(params["layers"]):
+        at = f"model.layers.{i}."
+        state[at + "input_layernorm.weight"] = layer["attention_norm"]
+        state[at + "post_attention_layernorm.weight"] = layer["mlp_norm"]
+        for j, name in enumerate(llama.LINEAR):
+            state[f"{at}{'self_attn' if j < 4 else 'mlp'}.{name}.weight"] = layer[name].T
+    model.load_state_dict({name: torch.from_numpy(np.array(w)) for name, w in state.items()})
+    return model
+
+
 class Peft:
     """The same step by PEFT on torch, from the same weights."""
 
@@ -154,38 +186,14 @@ class Peft:
         import numpy as np
         import peft
         import torch
-        import transformers
 
-        torch.set_num_threads(os.cpu_count())
-        t = lambda w: torch.from_numpy(np.array(w))
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=config.vocab,
-                hidden_size=config.dim,
-                intermediate_size=config.ffn,
-                num_hidden_layers=config.layers,
-                num_attention_heads=config.heads,
-                num_key_value_heads=config.heads,
-                rms_norm_eps=1e-5,
-                use_cache=False,
-                attn_implementation="sdpa",
-            )
-        )
-        state = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["norm"]}
-        state["lm_head.weight"] = params["lm_head"].T
-        for i, layer in enumerate(params["layers"]):
-            at = f"model.layers.{i}."
-            state[at + "input_layernorm.weight"] = layer["attention_norm"]
-            state[at + "post_attention_layernorm.weight"] = layer["mlp_norm"]
-            for j, name in enumerate(llama.LINEAR):
-                state[f"{at}{'self_attn' if j < 4 else 'mlp'}.{name}.weight"] = layer[name].T
-        model.load_state_dict({name: t(w) for name, w in state.items()})
+        model = torch_model(config, params)
         self.model = peft.get_peft_model(
             model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(llama.LINEAR), lora_dropout=0.0)
         )
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-4)  # optax's default decay
-        self.ids = t(ids).long()
+        self.ids = torch.from_numpy(np.array(ids)).long()
 
     def step(self) -> float:
         loss = self.model(input_ids=self.ids, labels=self.ids).loss

@@ -117,6 +117,7 @@ def adapt(
     axes: Mapping[Pattern, Axes] | None = None,
     param_dtype: Any = None,
     allow_unmatched: bool = False,
+    stats: Any = None,
 ) -> Adapted:
     """Put adapters beside a parameter tree.
 
@@ -137,6 +138,7 @@ def adapt(
       axes: ``{pattern: Axes}``, for those who know better.
       param_dtype: dtype of the adapters; by default float32, or the leaf's if that is wider.
       allow_unmatched: let a rule match nothing.
+      stats: what ``jlora.calibrate`` found, for methods that start from data (``jlora.init``).
 
     Returns:
       An ``Adapted``. Its output starts as the base's (or as the method's file says).
@@ -156,7 +158,7 @@ def adapt(
         axes=axes,
         allow_unmatched=allow_unmatched,
     )
-    return build(params, sites, key=key, param_dtype=param_dtype)
+    return build(params, sites, key=key, param_dtype=param_dtype, stats=stats)
 
 
 def plan(
@@ -210,9 +212,13 @@ def build(
     key: jax.Array | None,
     param_dtype: Any = None,
     arrays: dict[str, Any] | None = None,
+    stats: Any = None,
 ) -> Adapted:
     """Initialize the parameters of the given sites: what is left of ``adapt`` once rules and axes are settled."""
     arrays = dict(paths.flatten(params)[0]) if arrays is None else arrays
+    found = _stats_of(sites, stats)
+    if not is_abstract(found):
+        sites = _allocated(sites, found)
     if key is None:
         if any(not site.method.whole_leaf for site in sites.values()):
             raise ValueError("These methods start from random numbers: pass key=jax.random.key(seed).")
@@ -254,9 +260,12 @@ def build(
         leaf, group = arrays[path], site.method.group
         dtype = jnp.promote_types(leaf.dtype, jnp.float32) if param_dtype is None else jnp.dtype(param_dtype)
         shared = trainable.get(group, {}) | frozen.get(group, {}) if site.method.needs_weights else None
-        init = functools.partial(_starter(leaf, site, shared), site=site, dtype=dtype)
-        abstract = is_abstract((leaf, shared))
-        own = jax.eval_shape(init, key, leaf, shared) if abstract else init(paths.fold_path(key, path), leaf, shared)
+        own_stats = found.get(path)
+        init = functools.partial(_starter(leaf, site, shared, own_stats), site=site, dtype=dtype)
+        if is_abstract((leaf, shared, own_stats)):
+            own = jax.eval_shape(init, key, leaf, shared, own_stats)
+        else:
+            own = init(paths.fold_path(key, path), leaf, shared, own_stats)
         trainable[path] = own.trainable
         if own.frozen is not None:
             frozen[path] = own.frozen
@@ -282,12 +291,61 @@ def _placement(leaf: Any, site: Site) -> Callable[[str], NamedSharding] | None:
     return lambda dims: NamedSharding(mesh, PartitionSpec(*head, *(entry.get(dim) for dim in dims.split())))
 
 
-def _starter(leaf: Any, site: Site, shared: Any) -> Callable:
+def _stats_of(sites: Mapping[str, Site], stats: Any) -> dict[str, dict[str, jax.Array]]:
+    """The statistics that the methods start from, by path and name, all that there are for such a leaf."""
+    needed = {path: site for path, site in sites.items() if site.method.needs}
+    if not needed:
+        return {}
+    if stats is None:
+        path, site = next(iter(needed.items()))
+        raise ValueError(
+            f"{path!r}: {site.method} starts from data. Collect it first, with the same rules: "
+            "stats = jlora.calibrate(loss_fn, params, batches, rules); then adapt(params, rules, stats=stats)."
+        )
+    found = {}
+    for path, site in needed.items():
+        own = dict(stats.leaves.get(path, {}))
+        missing = [name for name in site.method.needs if name not in own]
+        if missing:
+            there = sorted(own) or "nothing"
+            raise ValueError(
+                f"{path!r}: {site.method} starts from {', '.join(missing)}, and the statistics have {there} of this "
+                "leaf. Calibrate with the same rules; inputs of convolutions, lookups and ragged products have none."
+            )
+        if not is_abstract(own):
+            problem = _check_stats(site, own)
+            if problem:
+                raise ValueError(f"{path!r} {site.shape}: {problem} ({site.method}).")
+        found[path] = own
+    return found
+
+
+def _check_stats(site: Site, stats: dict[str, Any]) -> str | None:
+    stack, n_in, n_out = site.canonical_shape
+    shapes = {"n": stack, "x": (*stack, n_in), "absx": (*stack, n_in), "xx": (*stack, n_in, n_in)}
+    shapes |= {"scaled_xx": (*stack, n_in, n_in), "g": (*stack, n_in, n_out)}
+    for name, value in stats.items():
+        if name in shapes and value.shape != shapes[name]:
+            return f"the statistics {name!r} have the shape {value.shape}, and this leaf wants {shapes[name]}"
+    return site.method.check_stats(site, stats)
+
+
+def _allocated(sites: Mapping[str, Site], found: dict[str, dict[str, jax.Array]]) -> dict[str, Site]:
+    """The sites with the ranks that their starts give them."""
+    starts = dict.fromkeys(site.method.start for path, site in sites.items() if path in found)
+    for start in starts:
+        own = {path: site for path, site in sites.items() if path in found and site.method.start == start}
+        given = start.allocate(own, found)
+        sites = {path: given.get(path, site) for path, site in sites.items() if path in given or path not in own}
+    return dict(sites)
+
+
+def _starter(leaf: Any, site: Site, shared: Any, stats: Any) -> Callable:
     """The compiled ``_init`` of a leaf, its results placed as ``_placement`` says."""
     place = _placement(leaf, site)
     if place is None:
         return _compiled_init(None)
-    own = jax.eval_shape(functools.partial(_init, site=site, dtype=jnp.float32), jax.random.key(0), leaf, shared)
+    own = jax.eval_shape(functools.partial(_init, site=site, dtype=jnp.float32), jax.random.key(0), leaf, shared, stats)
     dims = site.method.dims(own)._replace(shared=None)
     leaves, treedef = jax.tree.flatten(jax.tree.map(place, dims))
     return _compiled_init(tuple(leaves), treedef)
@@ -299,20 +357,24 @@ def _compiled_init(shardings: Any, treedef: Any = None) -> Callable:
     return jax.jit(_init, static_argnames=("site", "dtype"), out_shardings=shardings)
 
 
-def _init(key: jax.Array, leaf: jax.Array, shared: Any, *, site: Site, dtype: Any) -> Params:
-    """A method's start for every matrix of a leaf. Those of a quantized leaf are formed one after another."""
+def _init(key: jax.Array, leaf: jax.Array, shared: Any, stats: Any, *, site: Site, dtype: Any) -> Params:
+    """A method's start for every matrix of a leaf. Those of a quantized leaf are formed one after another, and those
+    from statistics are decomposed so."""
     if site.method.whole_leaf:
         return site.method.init(key, dense(leaf), site, dtype)
     given = {"shared": shared} if site.method.needs_weights else {}
-    one = lambda key, w: site.method.init(key, w, site, dtype, **given)
+    of = lambda stats: {"stats": stats} if site.method.needs else {}
+    one = lambda key, w, stats: site.method.init(key, w, site, dtype, **given, **of(stats))
     stack = site.canonical_shape[0]
     keys = _stack_keys(key, stack)
     if is_stored(leaf):
-        own = one_by_one(lambda each: one(each[0], each[1].matrix()), stack)((keys, leaf))
+        own = one_by_one(lambda each: one(each[0], each[1].matrix(), each[2]), stack)((keys, leaf, stats))
+    elif stats is not None:
+        own = one_by_one(lambda each: one(*each), stack)((keys, site.axes.to_canonical(leaf), stats))
     else:
         for _ in stack:
             one = jax.vmap(one)
-        own = one(keys, site.axes.to_canonical(leaf))
+        own = one(keys, site.axes.to_canonical(leaf), stats)
     assert own.shared is None
     return site.method.init_stack(own, site, dtype)
 

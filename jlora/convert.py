@@ -144,7 +144,7 @@ def _check_rank(rank: Any) -> None:
 
 def _leaf(leaf: Any, site: Site, p: Params, rank: int | float) -> tuple[Site, Params, Converted]:
     method, (stack, n_in, n_out) = site.method, site.canonical_shape
-    if type(method) is LoRA and rank >= method.rank:
+    if type(method) is LoRA and rank >= method.rank and not method.subtracts:
         ranks = [r for r, _ in method.per_index(site.stack)]
         return site, p._replace(shared=None), Converted(method.name, tuple(ranks), 0.0, True)
     pairs, lost, total, exact = [], 0.0, 0.0, True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
@@ -32,6 +33,13 @@ class Factors:
     def product(self) -> Float[Array, "*stack in out"]:
         """``scale * a @ b``, formed. For merging and for tests: nothing on the way of a training step calls it."""
         return self.scale * (self.a @ self.b)
+
+    def less(self, start: Factors) -> Factors:
+        """``scale * (a b - a0 b0)`` as a pair of both ranks together, (a - a0) b + a0 (b - b0): of differences, so that
+        no large products cancel. The start has no gradient."""
+        a0, b0 = start.a.astype(self.a.dtype), start.b.astype(self.b.dtype)
+        a = jnp.concatenate([self.a - a0, a0], axis=-1)
+        return Factors(a, jnp.concatenate([self.b, self.b - b0], axis=-2), self.scale)
 
     def swap(self) -> Factors:
         """The factors of the transposed matrix: ``(a b)^T = b^T a^T``."""

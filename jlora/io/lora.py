@@ -1,4 +1,4 @@
-"""``peft_type`` LORA: LoRA, rsLoRA, DoRA, aLoRA, BD-LoRA and KaSA.
+"""``peft_type`` LORA: LoRA, rsLoRA, DoRA, aLoRA, BD-LoRA, KaSA, VeLoRA and MonteCLoRA.
 
 ==================  =====================================  ==========================================================
 weight              tensors                                jlora
@@ -36,10 +36,19 @@ import numpy as np
 from jlora.io import matching
 from jlora.io.format import Arrays, Config, Format, Tensors, Written, all_layers
 from jlora.io.layouts import Hint, View
-from jlora.methods import ALoRA, BDLoRA, DoRA, KaSA, LoRA, Method
+from jlora.methods import ALoRA, BDLoRA, DoRA, KaSA, LoRA, Method, MonteCLoRA, VeLoRA
 
 _A, _B, _EMBEDDING_A, _EMBEDDING_B = "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"
-_MAGNITUDE, _SIGMA = "lora_magnitude_vector", "lora_diag"
+_MAGNITUDE, _SIGMA, _DIRECTION = "lora_magnitude_vector", "lora_diag", "lora_velora_embed"
+_STD, _MIXTURE, _VARIANCE, _WEIGHTS = (
+    f"lora_monteclora_sampler.{name}"
+    for name in ("std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights")
+)
+# What a config field makes of LoRA. PEFT has them for linear weights only.
+_KINDS = {
+    "alora_invocation_tokens": "aLoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
+}  # fmt: skip
 _BLOCKED = {"in": "target_modules_bd_a", "out": "target_modules_bd_b"}
 # These start from factors of the base weight and leave the base changed; the file holds what is relative to that.
 _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -47,7 +56,7 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 @dataclasses.dataclass(frozen=True)
 class _Facts:
-    method: LoRA | BDLoRA | KaSA
+    method: LoRA | BDLoRA | KaSA | MonteCLoRA
     rank: int
     alpha: float
     experts: bool
@@ -61,13 +70,13 @@ class LoraFormat(Format):
     """LORA."""
 
     peft_type = "LORA"
-    methods = (LoRA, DoRA, ALoRA, BDLoRA, KaSA)
-    suffixes = (_A, _B, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _SIGMA)
+    methods = (LoRA, DoRA, ALoRA, BDLoRA, KaSA, VeLoRA, MonteCLoRA)
+    suffixes = (_A, _B, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _SIGMA, _DIRECTION, _STD, _MIXTURE, _VARIANCE, _WEIGHTS)
     offset = "lora_B.bias"
     beside_tokens = True
     fields = frozenset(
         "r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern lora_bias init_lora_weights "
-        "target_parameters alora_invocation_tokens use_bdlora kasa_config".split()
+        "target_parameters alora_invocation_tokens use_bdlora kasa_config velora_config monteclora_config".split()
     )
     inert = frozenset(
         "eva_config corda_config lora_ga_config loftq_config megatron_core qalora_group_size".split()
@@ -82,7 +91,7 @@ class LoraFormat(Format):
                 "conversion=...)"
             )
         beside = [name for name in ("use_dora", "lora_bias", "target_parameters") if config.get(name)]
-        kinds = [name for name in ("alora_invocation_tokens", "use_bdlora", "kasa_config") if config.get(name)]
+        kinds = [name for name in _KINDS if config.get(name)]
         if len(kinds + beside) > 1 and kinds:
             return f"{' and '.join((kinds + beside)[:2])}: they are not read together"
         return None
@@ -103,6 +112,18 @@ class LoraFormat(Format):
         rank, alpha = self._rank_alpha(config, name)
         return LoRA(rank, alpha, rslora=config.get("use_rslora", False)).scale
 
+    def complete(self, config: Config, tensors: Tensors, modules: Callable[[], Any]) -> Tensors:
+        """Without the directions that VeLoRA takes from each batch anew."""
+        velora = config.get("velora_config")
+        if not velora:
+            return tensors
+        if not _fixed(velora):
+            return {key: tensor for key, tensor in tensors.items() if not key.endswith(_DIRECTION)}
+        unset = [key for key, tensor in tensors.items() if key.endswith(_DIRECTION) and not tensor.any()]
+        if unset:
+            raise ValueError(f"{unset[0]} is zero: it was to be set by the first batch in PEFT, and never was.")
+        return tensors
+
     def hint(self, shapes: Mapping[str, Sequence[int]]) -> Hint:
         embedding = _EMBEDDING_A in shapes or _EMBEDDING_B in shapes
         a, b = (shapes.get(key) for key in ((_EMBEDDING_A, _EMBEDDING_B) if embedding else (_A, _B)))
@@ -112,8 +133,7 @@ class LoraFormat(Format):
 
     def shapes(self, config: Config, name: str, view: View) -> dict[str, tuple[int, ...]]:
         rank, _ = self._rank_alpha(config, name)
-        linear_only = {"alora_invocation_tokens": "aLoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA"}
-        kind = next((kind for field, kind in linear_only.items() if config.get(field)), None)
+        kind = next((kind for field, kind in _KINDS.items() if config.get(field)), None)
         if kind and view.kind != "linear":
             raise ValueError(f"{name}: {kind} is for linear weights, and this is one of kind {view.kind!r}.")
         if view.kind == "embedding":
@@ -129,6 +149,11 @@ class LoraFormat(Format):
             shapes[suffix] = (shapes[suffix][0], shapes[suffix][1] // blocks)
         if config.get("kasa_config"):
             shapes[_SIGMA] = (rank,)
+        if (velora := config.get("velora_config")) and _fixed(velora):
+            shapes[_DIRECTION] = (-(-view.n_in // velora.get("num_groups", 64)),)
+        if monte := config.get("monteclora_config"):
+            n = monte.get("num_samples", 8)
+            shapes |= {_STD: (rank,), _MIXTURE: (n,), _VARIANCE: (rank, rank), _WEIGHTS: (n,)}
         if config.get("use_dora"):
             ones = (1,) * (len(view.window) - 1)
             shapes[_MAGNITUDE] = (1, view.n_out, *ones) if view.kind == "conv" else (view.n_out,)
@@ -142,13 +167,17 @@ class LoraFormat(Format):
         alphas = tuple(pair[1] if pair else some_alpha for pair in each)
         options = {"rslora": bool(config.get("use_rslora", False)), "dropout": config.get("lora_dropout", 0.0)}
         sides = {self._blocked(config, name) for name in names if name is not None}
-        if config.get("kasa_config") or sides != {None}:
+        alike = next(
+            (field for field in ("kasa_config", "velora_config", "monteclora_config") if config.get(field)), None
+        )
+        if alike or sides != {None}:
             if len(sides) > 1 or len(set(filter(None, each))) > 1:
                 raise ValueError(f"{names} are stacked and differ in rank, alpha or blocks; use a tree with them apart")
             if sides != {None}:
                 blocks = config["use_bdlora"].get("nblocks", 1)
                 return all_layers(names, BDLoRA(max(ranks), some_alpha, blocks=blocks, blocked=sides.pop(), **options))
-            return all_layers(names, KaSA(max(ranks), some_alpha, **options))
+            cls, more = _OPTIONS[alike](config[alike])
+            return all_layers(names, cls(max(ranks), some_alpha, **options, **more))
         tokens = config.get("alora_invocation_tokens")
         cls = DoRA if config.get("use_dora") else LoRA
         if tokens:
@@ -176,6 +205,10 @@ class LoraFormat(Format):
             a, b = _turned(tensors[_A], view.n_in), tensors[_B].T
         if _SIGMA in tensors:
             return {"factors/a": a, "factors/b": b, "sigma": tensors[_SIGMA]}
+        if _STD in tensors:
+            return {"factors/a": a, "factors/b": b, "log_std": tensors[_STD], "log_mixture": tensors[_MIXTURE]}
+        if _DIRECTION in tensors:
+            return {"a": a, "b": b, "frozen/direction": tensors[_DIRECTION]}
         if _MAGNITUDE not in tensors:
             return {"a": a, "b": b}
         return {"factors/a": a, "factors/b": b, "magnitude": tensors[_MAGNITUDE].reshape(-1)}
@@ -203,10 +236,14 @@ class LoraFormat(Format):
             raise ValueError(f"PEFT has DoRA over LoRA only, and this is {method}. Merge it instead: jlora.merge.")
         if dora and view.kind == "experts":
             raise ValueError("PEFT has no DoRA for bare parameters. Merge the adapter instead: jlora.merge.")
-        if isinstance(method, (BDLoRA, KaSA)) and view.kind != "linear":
+        if isinstance(method, (BDLoRA, KaSA, VeLoRA, MonteCLoRA)) and view.kind != "linear":
             raise ValueError(f"PEFT has {method.name} for linear weights only, and this is of the kind {view.kind!r}.")
-        nested = isinstance(method, (DoRA, KaSA))
+        nested = isinstance(method, (DoRA, KaSA, MonteCLoRA))
         a, b = (arrays["factors/a"], arrays["factors/b"]) if nested else (arrays["a"], arrays["b"])
+        if isinstance(method, LoRA) and method.subtracts:  # for the weight as it was before anything started
+            a0, b0 = arrays["frozen/start/a"], arrays["frozen/start/b"]
+            a, b = np.concatenate([a - a0, a0], axis=-1), np.concatenate([b, b - b0], axis=-2)
+            rank, alpha = 2 * rank, alpha * (math.sqrt(2) if method.rslora else 2)
         if rank == 0:
             if not dora or np.allclose(arrays["magnitude"], _norms(weight()), rtol=1e-5):
                 return None
@@ -229,6 +266,16 @@ class LoraFormat(Format):
             tensors = {_A: _turned(a, rank), _B: b.T}
         if isinstance(method, KaSA):
             tensors[_SIGMA] = arrays["sigma"]
+        if isinstance(method, VeLoRA):
+            size = -(-view.n_in // method.groups)
+            tensors[_DIRECTION] = arrays.get("frozen/direction", np.zeros(size, a.dtype))
+        if isinstance(method, MonteCLoRA):
+            tensors |= {
+                _STD: arrays["log_std"],
+                _MIXTURE: arrays["log_mixture"],
+                _VARIANCE: np.eye(rank, dtype=a.dtype),
+            }
+            tensors[_WEIGHTS] = np.full(method.samples, 1 / method.samples, a.dtype)
         if dora:
             ones = (1,) * (len(view.window) - 1)
             magnitude = arrays["magnitude"]
@@ -252,8 +299,12 @@ class LoraFormat(Format):
                 "PEFT's alora_invocation_tokens hold for all modules of a file, and here they are "
                 f"{sorted(map(str, tokens))}: give every ALoRA the same invocation_tokens, with no LoRA beside them."
             )
-        if len({isinstance(method, KaSA) for method in methods}) > 1:
-            raise ValueError("PEFT's kasa_config holds for all modules of a file, and here some are KaSA and some not.")
+        kinds = {str(fields): fields for fields in map(_fields_of, methods)}
+        if len(kinds) > 1:
+            raise ValueError(
+                "PEFT's kasa_config, velora_config and monteclora_config hold for all modules of a file, and here are "
+                f"{sorted(map(str, methods))}: save them one at a time, or merge (jlora.merge)."
+            )
         rslora = {method.rslora for method in methods}
         # One file, one rule for the scale: where the methods differ, alpha is what gives each its own under alpha / r.
         alphas = {name: fact.alpha if len(rslora) == 1 else fact.scale * fact.rank for name, fact in facts.items()}
@@ -271,8 +322,44 @@ class LoraFormat(Format):
             "lora_dropout": _dropout(facts.values()),
             "init_lora_weights": "gaussian" if {getattr(m, "init_a", None) for m in methods} == {"gaussian"} else True,
             **_blocks({name: fact.method for name, fact in facts.items()}),
-            **({"kasa_config": {"beta": 1e-4, "gamma": 1e-3}} if any(isinstance(m, KaSA) for m in methods) else {}),
+            **kinds.popitem()[1],
         }
+
+
+def _fixed(velora: Mapping[str, Any]) -> bool:
+    return velora.get("init_type", "batch_average") != "batch_average"
+
+
+def _velora_options(fields: Mapping[str, Any]) -> tuple[type[Method], dict[str, Any]]:
+    direction = "fixed" if _fixed(fields) else "average"
+    return VeLoRA, {"groups": fields.get("num_groups", 64), "gain": fields.get("scale", 1.0), "direction": direction}
+
+
+def _monteclora_options(fields: Mapping[str, Any]) -> tuple[type[Method], dict[str, Any]]:
+    names = {"samples": ("num_samples", 8), "noise": ("sample_scaler", 1e-4), "prior": ("dirichlet_prior", 0.1)}
+    return MonteCLoRA, {name: fields.get(*field) for name, field in names.items()}
+
+
+# The method and its options, from those config fields that hold for a whole file.
+_OPTIONS = {
+    "kasa_config": lambda fields: (KaSA, {}),
+    "velora_config": _velora_options,
+    "monteclora_config": _monteclora_options,
+}
+
+
+def _fields_of(method: Method) -> dict[str, Any]:
+    """The config fields of what a method is beside LoRA, where they hold for the whole file."""
+    match method:
+        case KaSA():
+            return {"kasa_config": {"beta": 1e-4, "gamma": 1e-3}}
+        case VeLoRA():
+            init = "batch_average" if method.direction == "average" else "random"
+            return {"velora_config": {"num_groups": method.groups, "scale": method.gain, "init_type": init}}
+        case MonteCLoRA():
+            fields = {"num_samples": method.samples, "sample_scaler": method.noise, "dirichlet_prior": method.prior}
+            return {"monteclora_config": fields}
+    return {}
 
 
 def _turned(tensor: np.ndarray, n: int) -> np.ndarray:

@@ -54,6 +54,7 @@ class ALoRA(LoRA):
     invocation_tokens: tuple[int, ...] = ()
 
     mergeable = False
+    takes_start = True
 
     def __post_init__(self):
         super().__post_init__()

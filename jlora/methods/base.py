@@ -65,6 +65,46 @@ class Site:
         return math.prod(sizes[:at]), sizes[at], math.prod(sizes[at + 1 :])
 
 
+class Start:
+    """How the factors of a method start, other than at random and zero: the protocol of ``jlora.init``.
+
+    Frozen dataclasses, and given to a method: ``LoRA(8, start=jlora.init.PiSSA())``. Functions see one matrix.
+
+    Class attributes:
+      needs: names of the statistics (``jlora.calibrate``) it starts from.
+      subtracts: the product does not start at zero, and the method takes what it starts at away again: the output
+        starts as the base's, and the base stays as it is.
+      nested: its leading columns are its start of lower rank.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    subtracts: ClassVar[bool] = True
+    nested: ClassVar[bool] = False
+
+    def check(self, rank: int, site: Site) -> str | None:
+        """What is wrong with this start on a leaf of this shape, in words; None if nothing is."""
+
+    def check_stats(self, rank: int, site: Site, stats: Mapping[str, Array]) -> str | None:
+        """What is wrong with the statistics of a leaf, [*stack, ...]."""
+
+    def pair(
+        self, key: PRNGKeyArray, w: Float[Array, "in out"], rank: int, scale: float, stats: Mapping[str, Array] | None
+    ) -> tuple[Float[Array, "in rank"], Float[Array, "rank out"]]:
+        """A and B."""
+        raise NotImplementedError(f"{type(self).__name__} does not start a pair of factors.")
+
+    def allocate(self, sites: dict[str, Site], stats: Mapping[str, Mapping[str, Array]]) -> dict[str, Site]:
+        """All leaves that start so, with the ranks that they are to have. A leaf that gets none is left out."""
+        return sites
+
+
+def check_start(start: Any, method: str) -> None:
+    require(
+        start is None or isinstance(start, Start),
+        f"{method}(start={start!r}): one of jlora.init is wanted, like jlora.init.PiSSA(), or None.",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """Base of all methods; see the module's docstring for what to override.
@@ -84,6 +124,8 @@ class Method:
         ``"weight"``.
       model_key: hand the key that the tree was bound with to the method as the context's ``values["key"]``, for what is
         drawn once for the whole model. ``Context.key`` is another one for every matrix and use.
+      needs: names of the statistics (``jlora.calibrate``) from which the method starts, which is then its field
+        ``start``. ``init`` is given ``stats``, {name: what there is for one matrix}.
     """
 
     mergeable: ClassVar[bool] = True
@@ -96,11 +138,15 @@ class Method:
     follows_weight: ClassVar[bool] = False
     model_key: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
 
     # Creation.
 
     def check(self, site: Site) -> str | None:
         """What is wrong with this method on a leaf of this shape, in words; None if nothing is."""
+
+    def check_stats(self, site: Site, stats: Mapping[str, Array]) -> str | None:
+        """What is wrong with the statistics, [*stack, ...], that a leaf of this method is to start from."""
 
     def init(self, key: PRNGKeyArray, w: Float[Array, "in out"], site: Site, dtype: Any) -> Params:
         """Trainable and frozen parameters for one matrix."""

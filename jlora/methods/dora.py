@@ -68,6 +68,8 @@ class DoRA(LoRA):
     _: dataclasses.KW_ONLY
     method: Method | None = None
 
+    takes_start = True
+
     def __post_init__(self):
         if self.method is None:
             return super().__post_init__()
@@ -82,6 +84,10 @@ class DoRA(LoRA):
             type(inner).factors is not Method.factors and type(inner).output_gain is Method.output_gain,
             f"DoRA(method={inner}): a method that adds a pair of factors to the weight is wanted, like LoRA, VeRA or "
             f"LoRAXS; {inner.name} changes it in another way.",
+        )
+        require(
+            not inner.needs,
+            f"DoRA(method={inner}): what starts from data is not taken here; of LoRA it is DoRA(rank, start=...).",
         )
         require(
             not (inner.model_key or inner.draws),
@@ -116,8 +122,13 @@ class DoRA(LoRA):
     def check(self, site: Site) -> str | None:
         return self.inner.check(site)
 
-    def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
-        inner = self.inner.init(key, w, site, dtype)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.inner.needs
+
+    def init(self, key: Any, w: Array, site: Site, dtype: Any, stats: Any = None) -> Params:
+        given = {"stats": stats} if self.needs else {}
+        inner = self.inner.init(key, w, site, dtype, **given)
         # LoRA's product is zero at the start. (Folding a product of zeros into the sum is also what XLA of jaxlib
         # 0.10.2 miscompiles on CPU, into a read of memory that nobody wrote.)
         magnitude = jnp.linalg.norm(w.astype(dtype), axis=0)

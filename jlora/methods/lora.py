@@ -12,6 +12,13 @@ x [..., in], W [in, out] frozen, A [in, r], B [r, out] trained. Trained: r (in +
 * A convolution's A is a convolution with r outputs (window, strides, padding and dilation of the base), B is 1x1. With
   feature groups each group applies the same A to its own inputs; PEFT, which has one A a group there, differs.
 * Experts [E, in, out] and scanned layers [L, in, out] have a pair each.
+* ``start``: another start of A and B (``jlora.init``). Where their product does not start at zero, what it starts at is
+  taken away again, so that the output starts as the base's and the base stays what it is:
+
+.. math::  \Delta W = s\,(A B - A_0 B_0) = s\,\bigl((A - A_0) B + A_0 (B - B_0)\bigr)
+
+  In the second form, which runs, two large products do not have to cancel in the activations' dtype, and nothing but
+  zeros is added at the start. It is a pair of rank 2 r; so is what PEFT's files hold then, for the original weights.
 
 When to use it: always first. It costs 6 T r (in + out) FLOPs on top of the frozen model's 4 T in out for T tokens and
 merges without a trace.
@@ -21,7 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +36,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jlora.factors import Factors
-from jlora.methods.base import Method, Site, check_rank, require
+from jlora.methods.base import Method, Site, Start, check_rank, check_start, require, unsharded
 from jlora.weight import Params
 
 
@@ -52,6 +59,7 @@ class LoRA(Method):
         unadapted. Zero padding is exact and stays zero under training: its gradient is zero.
       lookup_only: adapt the lookups of a tied embedding and not its use as the output head, as PEFT does. Such a
         weight cannot be merged.
+      start: where A and B start, one of ``jlora.init``; None for what is said above.
     """
 
     rank: int = 8
@@ -63,8 +71,11 @@ class LoRA(Method):
     ranks: tuple[int, ...] | None = None
     alphas: tuple[float, ...] | None = None
     lookup_only: bool = False
+    start: Start | None = None
 
     sliceable = frozenset({"in", "out"})
+    takes_start: ClassVar[bool] = False
+    """Whether a subclass has ``start``, as LoRA itself has."""
 
     def __post_init__(self):
         require(
@@ -76,6 +87,15 @@ class LoRA(Method):
             self.init_a in ("default", "gaussian"),
             f"{self.name}(init_a={self.init_a!r}): 'default' or 'gaussian' is wanted.",
         )
+        check_start(self.start, self.name)
+        require(
+            self.start is None or type(self) is LoRA or self.takes_start,
+            f"{self.name}(start={self.start}): {self.name} has a start of its own; LoRA, DoRA and ALoRA take another.",
+        )
+        require(
+            self.start is None or self.init_a == "default",
+            f"{self.name}(init_a={self.init_a!r}, start={self.start}): one of the two says where A starts.",
+        )
         for field in ("ranks", "alphas"):
             if getattr(self, field) is not None:
                 object.__setattr__(self, field, tuple(getattr(self, field)))
@@ -84,6 +104,11 @@ class LoRA(Method):
                 min(self.ranks) >= 0 and max(self.ranks) == self.rank,
                 f"{self.name}(rank={self.rank}, ranks={self.ranks}): ranks are not negative and the largest is `rank`.",
             )
+        require(
+            not self.varies or self.start is None or self.start.nested,
+            f"{self.name}(start={self.start}) has one rank and one alpha for all matrices of a leaf, without ranks= "
+            "and alphas=.",
+        )
 
     def scale_of(self, rank: int, alpha: float | None = None) -> float:
         """s for a true rank; 0 for rank 0."""
@@ -99,6 +124,15 @@ class LoRA(Method):
         """Whether rank or alpha differ along the stack."""
         return self.ranks is not None or self.alphas is not None
 
+    @property
+    def subtracts(self) -> bool:
+        """Whether what the product starts at is taken away."""
+        return self.start is not None and self.start.subtracts
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return () if self.start is None else self.start.needs
+
     def per_index(self, n: int) -> list[tuple[int, float]]:
         """(rank, alpha) for each of n stack indices."""
         return list(zip(self.ranks or (self.rank,) * n, self.alphas or (self.alpha,) * n, strict=True))
@@ -108,10 +142,20 @@ class LoRA(Method):
             stack, given = site.canonical_shape[0], {len(v) for v in (self.ranks, self.alphas) if v is not None}
             if len(stack) != 1 or given != {stack[0]}:
                 return f"ranks and alphas want one entry for each index of a single stack axis; the stack is {stack}"
-        return check_rank(self.rank, site)
+        return check_rank(self.rank, site) or (self.start and self.start.check(self.rank, site))
 
-    def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
+    def check_stats(self, site: Site, stats: Any) -> str | None:
+        return self.start.check_stats(self.rank, site, stats)
+
+    def init(self, key: Any, w: Array, site: Site, dtype: Any, stats: Any = None) -> Params:
         n_in, n_out = w.shape
+        if self.start is not None:
+            wide = jnp.promote_types(jnp.promote_types(w.dtype, dtype), jnp.float32)
+            with jax.default_matmul_precision("highest"):
+                a, b = self.start.pair(key, unsharded(w).astype(wide), self.rank, self.scale, stats)
+            pair = a.astype(dtype), b.astype(dtype)
+            frozen = {"start": Factors(*pair)} if self.subtracts else None
+            return Params(Factors(*pair, scale=1.0 if self.varies else self.scale), frozen)
         if site.axes.kind == "embedding":
             pair = jnp.zeros((n_in, self.rank), dtype), jax.random.normal(key, (self.rank, n_out), dtype)
         elif self.init_a == "gaussian":
@@ -142,9 +186,12 @@ class LoRA(Method):
 
     def dims(self, p: Params) -> Params:
         pair = Factors("in rank", "rank out", p.trainable.scale)
-        return Params(trainable=pair, frozen={"scale": ""} if self.varies else None)
+        start = {"start": Factors("in rank", "rank out")} if self.subtracts else None
+        return Params(trainable=pair, frozen={"scale": ""} if self.varies else start)
 
     def factors(self, w: Array, p: Params) -> Factors:
+        if self.subtracts:
+            return p.trainable.less(p.frozen["start"])
         if not self.varies:
             return p.trainable
         return Factors(p.trainable.a, p.trainable.b * p.frozen["scale"].astype(p.trainable.b.dtype))

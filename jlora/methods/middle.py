@@ -32,12 +32,15 @@ FLoRA     A, M, B         r0 in + r1 out + r0 r1  normal, normal       0
   the rank that runs, and keeps A0 and M0 B0 frozen. The code takes the block W[:r, :r] where the paper's Nyström
   formula has its pseudo-inverse: ``start="nystrom_pinv"`` is the formula. It is exact for W of rank r, and for a W
   without structure several times as large as W: the block is ill-conditioned.
-* LoRA-SB's factors come from an estimate D of the first update, -lr * sign(gradient) summed over some batches. Adapt
-  the tree of estimates, then put the parameters under it; the output starts displaced by D's best approximation of
-  rank r, by design::
+* LoRA-SB's factors come from an estimate D of the first update, -lr * sign(gradient) summed over some batches; the
+  output starts displaced by D's best approximation of rank r, by design::
 
-      updates = jax.tree.map(lambda g: -learning_rate * jnp.sign(g), grads)
-      adapted = jlora.adapt(updates, jlora.LoRAXS(rank=64, start="update"), targets, key=key).replace(base=params)
+      rules = jlora.LoRAXS(rank=64, alpha=64, start=jlora.init.LoRASB(learning_rate=1e-4))
+      stats = jlora.calibrate(loss_fn, params, batches, rules)
+      adapted = jlora.adapt(params, rules, stats=stats, key=key)
+
+  With ``start="update"`` the leaves that are adapted are themselves such estimates, and ``replace(base=params)`` puts
+  the parameters under them.
 
 When to use them: LoRA-XS and LoRA-SB where adapters are many or sent around, hundreds of times smaller than LoRA at
 nearly its speed. SLoRA and NLoRA for LoRA's count and a little more. FLoRA where in and out want different ranks.
@@ -54,7 +57,7 @@ from jaxtyping import Array, Float
 
 from jlora.factors import Factors
 from jlora.linalg import truncated_svd
-from jlora.methods.base import Method, Site, check_rank, dropout, require, unsharded
+from jlora.methods.base import Method, Site, Start, check_rank, dropout, require, unsharded
 from jlora.methods.lora import LoRA
 from jlora.weight import Context, Dot, Params
 
@@ -76,7 +79,8 @@ class MiddleLoRA(Method):
       train: "middle" or "all".
       start: "svd": the leading singular triples of W; "random": A uniform in +-1/sqrt(in), B in +-1/sqrt(r); "update":
         the leaf is itself an update to approximate (LoRA-SB); "slora": A as before, B zero, M uniform in +-1/sqrt(r);
-        "nystrom_reference", "nystrom_pinv": blocks of W; "flora": A and B normal, of variance 1/(2 r).
+        "nystrom_reference", "nystrom_pinv": blocks of W; "flora": A and B normal, of variance 1/(2 r). Or
+        ``jlora.init.LoRASB``, which forms the update from what ``jlora.calibrate`` found.
       start_std: deviation of M at the start, for those that start it at zero.
       residual: subtract the product that a Nyström start has, so that the output starts as the base's.
     """
@@ -86,7 +90,7 @@ class MiddleLoRA(Method):
     _: dataclasses.KW_ONLY
     dropout: float = 0.0
     train: str = "middle"
-    start: str = "svd"
+    start: str | Start = "svd"
     start_std: float = 0.0
     residual: bool = True
 
@@ -100,7 +104,14 @@ class MiddleLoRA(Method):
             )
         require(0.0 <= self.dropout < 1.0, f"{self.name}(dropout={self.dropout}): a rate in [0, 1) is wanted.")
         require(self.train in ("middle", "all"), f"{self.name}(train={self.train!r}): 'middle' or 'all' is wanted.")
-        require(self.start in _STARTS, f"{self.name}(start={self.start!r}): one of {', '.join(_STARTS)} is wanted.")
+        require(
+            self.start in _STARTS or hasattr(self.start, "parts"),
+            f"{self.name}(start={self.start!r}): one of {', '.join(_STARTS)} is wanted, or jlora.init.LoRASB.",
+        )
+        require(
+            isinstance(self.start, str) or (self.train == "middle" and self.ranks == (self.rank, self.rank)),
+            f"{self.name}(start={self.start}): that start is for a square middle that is trained alone, as LoRAXS's.",
+        )
         require(
             self.start != "slora" or self.train == "all",
             f"{self.name}(start='slora', train='middle'): B starts at zero and would stay there; start='random' has "
@@ -118,13 +129,24 @@ class MiddleLoRA(Method):
 
     @property
     def subtracts(self) -> bool:
-        return self.residual and self.start.startswith("nystrom")
+        return self.residual and isinstance(self.start, str) and self.start.startswith("nystrom")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return () if isinstance(self.start, str) else self.start.needs
 
     def check(self, site: Site) -> str | None:
         return check_rank(self.rank, site)
 
-    def starting_parts(self, key: Any, w: Float[Array, "in out"], site: Site, dtype: Any) -> tuple[Array, Array, Array]:
+    def check_stats(self, site: Site, stats: Any) -> str | None:
+        return self.start.check_stats(self.rank, site, stats)
+
+    def starting_parts(
+        self, key: Any, w: Float[Array, "in out"], site: Site, dtype: Any, stats: Any = None
+    ) -> tuple[Array, Array, Array]:
         """A, M and B."""
+        if self.needs:
+            return self.start.parts(key, self.rank, self.scale, stats)
         (n_in, n_out), (r0, r1) = w.shape, self.ranks
         key_a, key_b, key_m = jax.random.split(key, 3)
         uniform = lambda key, shape, fan: jax.random.uniform(key, shape, dtype, -(fan**-0.5), fan**-0.5)
@@ -150,8 +172,8 @@ class MiddleLoRA(Method):
             block = jnp.linalg.pinv(block.astype(jnp.promote_types(dtype, jnp.float32)))
         return w[:, :r0], block, w[:r0]
 
-    def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
-        a, middle, b = (part.astype(dtype) for part in self.starting_parts(key, w, site, dtype))
+    def init(self, key: Any, w: Array, site: Site, dtype: Any, stats: Any = None) -> Params:
+        a, middle, b = (part.astype(dtype) for part in self.starting_parts(key, w, site, dtype, stats))
         pair, core = {"a": a, "b": b}, {"middle": middle}
         if self.train == "middle":
             return Params(core, pair | {"start": middle} if self.subtracts else pair)

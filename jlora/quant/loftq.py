@@ -68,7 +68,7 @@ def loftq(
     Raises:
       ValueError: as ``jlora.adapt`` does; a leaf is quantized already; the method is another.
     """
-    if type(method) is not LoRA or method.varies:
+    if type(method) is not LoRA or method.varies or method.start is not None:
         raise ValueError(f"LoftQ starts LoRA(rank, alpha) of one rank and scale; got {method}.")
     if iterations < 1:
         raise ValueError(f"iterations={iterations}: at least one is wanted.")

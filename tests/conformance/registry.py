@@ -33,8 +33,8 @@ class Row:
       draws: a key changes its output without dropout, too: the laws of dropout are not its own.
       gathers: entries of the largest factor (never a weight) that it brings together where weights are sharded.
       batchwise: what it gives for a row of inputs depends on the rows beside it.
-      reference: of a method that does not merge, ``(x, w, p) -> y``: the formula written plainly for one matrix. The
-        laws compare with it where they compare others with the merged model.
+      reference: of a method that does not merge, or has gradients of its own, ``(x, w, p) -> y``: the formula written
+        plainly for one matrix. The laws compare with it where they compare others with the merged model.
       variant: it differs from the row above in its start or in a number only; the laws that cost most (every way of
         using a weight, meshes) are not repeated for it.
     """
@@ -50,6 +50,11 @@ class Row:
     batchwise: bool = False
     gathers: int = 0
     reference: Callable[[jax.Array, jax.Array, Params], jax.Array] | None = None
+
+    @property
+    def own_gradients(self) -> bool:
+        """Whether its gradients are, by design, not those of its output."""
+        return self.reference is not None and self.method.mergeable
 
 
 def noble(x: jax.Array, w: jax.Array, p: Params) -> jax.Array:
@@ -94,11 +99,26 @@ def alora(x: jax.Array, w: jax.Array, p: Params) -> jax.Array:
     return x @ w + 2.0 * x @ p.trainable.a @ p.trainable.b
 
 
+def velora(groups: int, fixed: bool) -> Callable[[jax.Array, jax.Array, Params], jax.Array]:
+    def reference(x: jax.Array, w: jax.Array, p: Params) -> jax.Array:
+        a, b, stop = p.trainable.a, p.trainable.b, jax.lax.stop_gradient
+        size = -(-w.shape[0] // groups)
+        cut = jnp.pad(x.reshape(-1, w.shape[0]), ((0, 0), (0, size * groups - w.shape[0]))).reshape(-1, groups, size)
+        v = p.frozen["direction"] if fixed else cut.mean((0, 1)) / jnp.linalg.norm(cut.mean((0, 1)))
+        seen = (cut @ v)[..., None] * v  # what A's gradient takes for x
+        seen = seen.reshape(len(cut), -1)[:, : w.shape[0]].reshape(x.shape)
+        return x @ w + 2.0 * (x @ stop(a) + stop(seen) @ (a - stop(a))) @ b
+
+    return reference
+
+
 # The model's matrices: first 8 x 16, three layers 16 x 16, last 16 x 8.
 ROWS = (
     Row("lora", jlora.LoRA(2, alpha=4.0), 2 * 24 + 3 * 2 * 32 + 2 * 24),
     Row("rslora", jlora.LoRA(2, alpha=4.0, rslora=True), 288, variant=True),
     Row("lora_gaussian", jlora.LoRA(2, alpha=4.0, init_a="gaussian"), 288, variant=True),
+    Row("lora_pissa", jlora.LoRA(2, alpha=4.0, start=jlora.init.PiSSA()), 288, variant=True),
+    Row("dora_olora", jlora.DoRA(2, alpha=3.0, start=jlora.init.OLoRA()), 288 + 16 + 3 * 16 + 8, variant=True),
     Row("lora_ranks", jlora.LoRA(2, ranks=(2, 1, 0), alphas=(4.0, 1.0, 1.0)), (2 + 1) * 32, True, (0 + 1 + 2) * 32),
     Row("dora", jlora.DoRA(2, alpha=3.0), 288 + 16 + 3 * 16 + 8),
     Row("dora_over_vera", jlora.DoRA(method=jlora.VeRA(5, d_initial=0.3)), 97 + 16 + 3 * 16 + 8, variant=True),
@@ -221,6 +241,18 @@ ROWS = (
     Row("bd_lora", jlora.BDLoRA(4, alpha=6.0), (32 + 2 * 16) + 3 * (64 + 2 * 16) + (64 + 2 * 8)),
     Row("bd_lora_in", jlora.BDLoRA(4, alpha=6.0, blocked="in"), (16 + 64) + 3 * (32 + 64) + (32 + 32), variant=True),
     Row("kasa", jlora.KaSA(2, alpha=2.0), 288 + 5 * 2, starts_as_base=False),
+    Row(  # it brings A together, padded to 20 x 2
+        "velora", jlora.VeLoRA(2, alpha=4.0, groups=3, direction="fixed"), 288, reference=velora(3, True), gathers=40
+    ),
+    Row(
+        "velora_average",
+        jlora.VeLoRA(2, alpha=4.0, groups=4),
+        288,
+        variant=True,
+        batchwise=True,
+        reference=velora(4, False),
+    ),
+    Row("monteclora", jlora.MonteCLoRA(2, alpha=4.0, samples=3), 288 + 5 * (2 + 3), draws=True),
     Row("poly", jlora.Poly(2, 2, skills=2, splits=2), 2 * 2 * 144 + 5 * 2 * 2 * 2, draws=True),
     Row("full", jlora.Full(), 8 * 16 + 3 * 16 * 16 + 16 * 8),
     Row("offset", jlora.Offset(scale=2.0), 1024),
@@ -228,7 +260,7 @@ ROWS = (
 FORMS = tuple(row for row in ROWS if not row.variant)
 PRODUCTS = tuple(row for row in ROWS if not row.method.whole_leaf)  # the methods that lift has to carry
 MERGEABLE = tuple(row for row in ROWS if row.method.mergeable)
-REFERENCES = {row.method: row.reference for row in ROWS if not row.method.mergeable}
+REFERENCES = {row.method: row.reference for row in ROWS if row.reference}
 DROPOUT = tuple(
     row for row in PRODUCTS if "dropout" in {field.name for field in dataclasses.fields(row.method)} and not row.draws
 )
@@ -313,7 +345,7 @@ def moved(tree: Any, seed: int = 10, size: float = 0.2) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What stands in the plain model's tree for a weight whose method does not merge: ``x @ w`` is the formula."""
+    """What stands in the plain model's tree for a weight whose method has a reference: ``x @ w`` is the formula."""
 
     w: Any
     p: Params
@@ -331,8 +363,8 @@ class Written:
 
 
 def effective(adapted: jlora.Adapted) -> Any:
-    """The tree that makes the plain model compute what the adapted one should: merged where the methods merge."""
-    if all(site.method.mergeable for site in adapted.sites.values()):
+    """The tree that makes the plain model compute what the adapted one should: merged, or by the method's formula."""
+    if not any(site.method in REFERENCES for site in adapted.sites.values()):
         return jlora.merge(adapted)
     leaves, treedef = paths.flatten(adapted.base)
     out = []

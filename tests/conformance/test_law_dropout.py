@@ -103,6 +103,8 @@ def test_gradient_is_of_the_same_mask(row: Row) -> None:
 
     (grads, grads_of_remat), wanted = check(trainable, direction)
     assert_close(grads_of_remat, grads)
+    if row.own_gradients:
+        return
     if type(row.method).output_gain is Method.output_gain:  # DoRA's is detached: its gradient is not the derivative
         products = jax.tree.map(lambda g, d: jnp.sum(g * d), grads, direction)
         assert_close(sum(jax.tree.leaves(products)), wanted, 1e-7)

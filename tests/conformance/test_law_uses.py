@@ -14,26 +14,29 @@ from uses import USES, Use
 import jlora
 from jlora.methods import Site
 
-# One use of each kind of product and loop. The others try what the interpreter does, whatever the method: they run for
-# one method of each form, and for all in the slow suite (`pytest -m slow tests/conformance`).
-KINDS = frozenset("linear heads_merged conv conv_grouped lookup_and_tied_head experts ragged scan".split())
-# The uses that multiply by ``x @ w``: the laws of a method that does not merge compare with its formula there.
-PLAIN_PRODUCTS = frozenset("linear loop scan fori_loop some_layers remat jit cond custom_vjp".split())
+# Every method is tried in a matrix product and a scan, and in half of the other kinds of products, the methods taking
+# turns. All kinds, and the uses that try what the interpreter does, whatever the method, run for one method of each
+# form, and for all in the slow suite (`pytest -m slow tests/conformance`).
+ALWAYS = ("linear", "scan")
+KINDS = ("heads_merged", "conv", "experts", "conv_grouped", "lookup_and_tied_head", "ragged")
+# The uses that multiply by ``x @ w``: the laws of a method with a reference compare with it there.
+PLAIN_PRODUCTS = frozenset("linear loop scan some_layers remat jit cond custom_vjp".split())
 
 
 def pairs() -> Iterator:
-    for row in ROWS:
+    for number, row in enumerate(ROWS):
+        kinds = (*ALWAYS, *KINDS[number % 2 :: 2])
         for name, use in USES.items():
             if row.stacked and len(use.axes.stack) != 1:
                 continue
             if not row.method.whole_leaf and row.method.check(Site(row.method, use.axes, use.shape)):
                 continue  # sizes that the method refuses, with a reason
-            if not row.method.mergeable and name not in PLAIN_PRODUCTS:
+            if row.reference and name not in PLAIN_PRODUCTS:
                 continue
             if row.variant or row.method.whole_leaf:  # what differs is not what lift sees: one use of each kind
                 if name not in ("linear", "lookup_and_tied_head", "conv"):
                     continue
-            often = name == "linear" if row.variant else name in KINDS
+            often = name == "linear" if row.variant else name in kinds
             slow = [] if row.name in EACH_FORM or often else [pytest.mark.slow]
             yield pytest.param(row, use, id=f"{row.name}-{name}", marks=slow)
 

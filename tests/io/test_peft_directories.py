@@ -35,9 +35,7 @@ def config_of(directory: pathlib.Path) -> dict:
 
 
 # Options that have no counterpart in jlora.
-FOREIGN = (
-    "layer_replication alora_invocation_tokens use_qalora velora_config monteclora_config arrow_config megatron_config"
-).split()
+FOREIGN = ("layer_replication use_qalora arrow_config megatron_config").split()
 CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 

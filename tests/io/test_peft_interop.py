@@ -39,6 +39,8 @@ EXAMPLES = {
     "ALoRA": [jlora.ALoRA(3, alpha=7, invocation_tokens=INVOCATION)],
     "BDLoRA": [jlora.BDLoRA(4, alpha=7, blocked=side) for side in ("in", "out")],
     "KaSA": [jlora.KaSA(3, alpha=7)],
+    "VeLoRA": [jlora.VeLoRA(3, alpha=7, groups=8, direction=direction) for direction in ("average", "fixed")],
+    "MonteCLoRA": [jlora.MonteCLoRA(3, alpha=7, samples=4)],
     "GraLoRA": [jlora.GraLoRA(4, alpha=7), jlora.GraLoRA(4, alpha=7, blocks=4, hybrid_rank=2)],
     "LoHa": [jlora.LoHa(3, alpha=5)],
     "LoKr": [jlora.LoKr(2, alpha=5), jlora.LoKr(2, alpha=5, decompose_both=True, factor=4)],

@@ -35,6 +35,7 @@ def test_is_the_blocks(hybrid: int) -> None:
     np.testing.assert_allclose(got, wanted, atol=1e-12)
 
 
+@pytest.mark.optimized
 def test_costs_what_lora_costs() -> None:
     x, flops = jnp.ones((64, 128)), []
     for method in (jlora.LoRA(16), jlora.GraLoRA(16, blocks=4)):

@@ -179,6 +179,7 @@ def test_the_window_meets_the_narrowed_features_only():
     assert convolutions(METHODS["cp"], CONVS["patches"]) == [(4, 4, 3, 3)]
 
 
+@pytest.mark.optimized
 def test_cost():
     """FLOPs of a step as XLA counts them: less than LoRA's of the same rank, and no gradient of a kernel."""
     conv = Conv(("NHWC", "HWIO", "NHWC"), (3, 3, 32, 32), (1, 12, 12, 32), (1, 1))

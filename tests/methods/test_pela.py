@@ -46,6 +46,7 @@ def test_is_the_best_pair_of_its_rank() -> None:
     np.testing.assert_allclose(jlora.merge(whole)["first"]["kernel"], W, atol=1e-12)
 
 
+@pytest.mark.optimized
 def test_factorize_keeps_nothing_of_the_weights() -> None:
     small = jlora.factorize(params(), 2.0, **OPTIONS)
     beside = jlora.adapt(params(), jlora.PELA(2.0), **OPTIONS, key=jax.random.key(0))
