@@ -10,7 +10,8 @@ from typing import Annotated, Union
 
 _PACKAGES = {
     "tyro": "tyro", "rich": "rich", "flax": "flax", "orbax": "orbax-checkpoint", "grain": "grain",
-    "tokenizers": "tokenizers", "matplotlib": "matplotlib", "sacrebleu": "sacrebleu",
+    "tokenizers": "tokenizers", "matplotlib": "matplotlib", "sacrebleu": "sacrebleu", "jinja2": "jinja2",
+    "scipy": "scipy", "sklearn": "scikit-learn", "PIL": "pillow",
 }  # fmt: skip
 
 
@@ -44,6 +45,10 @@ def _main(argv: list[str]) -> int:
         "merge": options.MergeConfig,
         "inspect": options.InspectConfig,
         "convert": options.ConvertConfig,
+        "compare": options.CompareConfig,
+        "methods": options.MethodsConfig,
+        "models": options.ModelsConfig,
+        "targets": options.TargetsConfig,
     }
     union = Union[tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in commands.items())]  # noqa: UP007
     description = "Low-rank adaptation of JAX models: fine-tune, look at, use and export adapters."
@@ -58,7 +63,7 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(config, argv: list[str]) -> int:
-    from jlora.train import commands, finetune
+    from jlora.train import commands, finetune, inform
     from jlora.train import config as options
 
     run = {
@@ -68,6 +73,10 @@ def _run(config, argv: list[str]) -> int:
         options.MergeConfig: lambda: commands.merge(config),
         options.InspectConfig: lambda: commands.inspect(config),
         options.ConvertConfig: lambda: commands.convert(config),
+        options.CompareConfig: lambda: inform.compare(config),
+        options.MethodsConfig: lambda: inform.methods(config),
+        options.ModelsConfig: lambda: inform.list_models(config),
+        options.TargetsConfig: lambda: inform.targets(config),
     }[type(config)]
     with _quiet_orbax():
         return run()

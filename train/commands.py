@@ -2,44 +2,49 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 
 import jlora
-from jlora.train import data, loading, models
+from jlora.train import loading, models, tasks
 from jlora.train.config import (
     ConvertConfig,
     DataOptions,
+    EvalOptions,
     EvaluateConfig,
     GenerateConfig,
     InspectConfig,
     MergeConfig,
     SourceOptions,
     UserError,
-    resolve_length,
 )
-from jlora.train.finetune import complete, export_adapter
+from jlora.train.finetune import export_adapter
 from jlora.train.generate import generate as generate_tokens
-from jlora.train.loop import held_out_nll, make_eval_step
-from jlora.train.metrics import corpus_bleu, perplexity
-from jlora.train.report import Reporter, figures_line, one_line
+from jlora.train.report import Reporter, figures_line
 from jlora.train.run import RunDirectory, write_directory
 
 
 def generate(config: GenerateConfig) -> int:
     """Print each prompt with its completion."""
     source = loading.load_source(config.source)
-    loading.need_text_model(source.model)
+    loading.need_text_model(source.model.name, source.model.family)
     prompts = list(config.prompt)
-    if not prompts:
-        options = _run_data(source) or DataOptions()
-        held_out = _held_out(source, options, config.max_new_tokens, limit=3)
-        prompts = held_out.prompts[:3]
+    options = source.config.data if source.config else DataOptions()
+    if config.chat_template is not None:
+        options = dataclasses.replace(options, chat_template=config.chat_template)
+    if prompts:
+        with loading.user_errors():
+            ids = loading.asked(prompts, options, source.model)
+    else:
+        decoding = EvalOptions(eval_limit=3, max_new_tokens=config.max_new_tokens)
+        _, held_out = _held_out(source, tasks.make(options), options, decoding)
+        prompts, ids = held_out.prompts[:3], held_out.prompt_ids[:3]
     with loading.user_errors():
         tokens = generate_tokens(
-            source.apply, source.params, [loading.prompt_ids(prompt, source.model) for prompt in prompts],
-            config=source.model.config, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            top_p=config.top_p, key=jax.random.key(config.seed), eos_id=source.model.tokenizer.eos_id,
+            source.apply, source.params, ids, config=source.model.config, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, top_p=config.top_p, key=jax.random.key(config.seed),
+            eos_id=source.model.tokenizer.eos_id,
         )  # fmt: skip
     reporter = Reporter()
     for i, (prompt, row) in enumerate(zip(prompts, tokens, strict=True)):
@@ -51,43 +56,53 @@ def generate(config: GenerateConfig) -> int:
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Print held-out loss, perplexity and BLEU."""
+    """Print what the task measures."""
     for option, value in {"--batch-size": config.batch_size, "--limit": config.limit}.items():
         if value is not None and value < 1:
             raise UserError(f"{option} must be above 0, got {value}")
-    source = loading.load_source(config.source)
-    loading.need_text_model(source.model)
-    options = None if config.data else _run_data(source)
-    if options is None:
-        options = DataOptions(
-            data=config.data or "e2e",
-            text_column=config.text_column,
-            prompt_column=config.prompt_column,
-            completion_column=config.completion_column,
+    options, name = _data_options(config)
+    with loading.user_errors():
+        task = tasks.make(options)
+        task.check(name, models.family_of(name))
+        options = task.known_labels(options, name)
+    source = loading.load_source(config.source, options.labels)
+    if source.model.drawn and source.adapted is None:
+        raise UserError(
+            f"{source.name} has no head for {', '.join(options.labels)}: give a run with --run, or an adapter"
         )
-        if options.data not in ("e2e", "shakespeare"):  # all of a file that is named
-            options = dataclasses.replace(options, eval_data=options.data)
-    if config.max_length is not None:
-        options = dataclasses.replace(options, max_length=config.max_length)
-    held_out = _held_out(source, options, config.max_new_tokens, config.limit)
+    task.attach(source.model)
+    decoding = EvalOptions(
+        eval_limit=config.limit, max_new_tokens=config.max_new_tokens, eval_batch_size=config.batch_size,
+        generate=config.generate, metrics=config.metrics, samples=0,
+    )  # fmt: skip
+    options, held_out = _held_out(source, task, options, decoding)
     adapted = source.adapted
-    step = make_eval_step(source.apply, bind=adapted is not None)
-    nll = held_out_nll(step, source.model.params if adapted is None else adapted, held_out.rows, config.batch_size)
-    figures = {"eval_nll": nll, "perplexity": perplexity(nll)}
-    if config.generate and held_out.references:
-        texts = complete(
-            source.apply, source.params, source.model, held_out.prompt_ids, max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-        )  # fmt: skip
-        figures["bleu"], signature = corpus_bleu(texts, held_out.references)
+    step = task.make_eval_step(source.apply, bind=adapted is not None)
+    measured = task.evaluate(step, source.model.params if adapted is None else adapted, held_out, config.batch_size)
+    measured = task.complete(measured, source.apply, source.params, source.model, held_out, decoding)
     reporter = Reporter()
     reporter.say(f"{source.name} on {options.eval_data or options.data}, {len(held_out.rows)} rows")
-    reporter.say(figures_line(figures))
-    if "bleu" in figures:
-        reporter.say(f"BLEU over {len(texts)} prompts, sacrebleu {signature}; the first:")
-        reporter.say(f"prompt: {one_line(held_out.prompts[0])}")
-        reporter.say(f"output: {one_line(texts[0])}")
+    reporter.say(figures_line(measured.figures))
+    for line in task.details(held_out, measured):
+        reporter.say(line)
     return 0
+
+
+def _data_options(config: EvaluateConfig) -> tuple[DataOptions, str]:
+    """What to evaluate on, as `jlora finetune` would be told, and the model's name."""
+    saved = None
+    if config.source.run is not None:
+        saved = loading.read_run_config(RunDirectory.open(config.source.run))
+    options = saved.data if saved else DataOptions()
+    if config.data:  # all of a file that is named
+        held_out = None if config.data in ("e2e", "shakespeare") else config.data
+        options = dataclasses.replace(options, data=config.data, eval_data=held_out, max_length=None)
+    names = ("task", "text_column", "prompt_column", "completion_column", "label_column", "pair_column", "labels")
+    given = {name: value for name in (*names, "chat_template", "max_length") if (value := getattr(config, name))}
+    options = dataclasses.replace(options, **given)
+    if options.task not in tasks.TASKS:
+        raise UserError(f"unknown task {options.task!r}: known are {', '.join(tasks.TASKS)}")
+    return options, config.source.model or (saved.model.model if saved else loading.base_name(config.source))
 
 
 def merge(config: MergeConfig) -> int:
@@ -136,14 +151,14 @@ def convert(config: ConvertConfig) -> int:
     _check_free(config.out)
     run = RunDirectory.open(config.run)
     saved = loading.read_run_config(run)
-    model = loading.load_model(saved.model.model, saved.model.bf16, quantize=saved.model.quantize)
+    model = loading.load_run_model(saved)
     adapted, step = loading.load_checkpoint(run, saved, model, config.step)
     reporter = Reporter()
     with loading.user_errors():
         if config.to is not None:
             adapted, report = jlora.to_lora(adapted, config.rank)
             reporter.say(str(report))
-        export_adapter(adapted, config.out, model.name)
+        export_adapter(adapted, config.out, model.name, tasks.make(saved.data))
     reporter.say(f"step {step} of {config.run} written to {config.out}")
     return 0
 
@@ -153,13 +168,12 @@ def _check_free(path: Path) -> None:
         raise UserError(f"{path} exists already: choose another --out")
 
 
-def _run_data(source: loading.Source) -> DataOptions | None:
-    return source.config.data if source.config else None
-
-
-def _held_out(source: loading.Source, options: DataOptions, max_new_tokens: int, limit: int | None) -> loading.HeldOut:
-    options = resolve_length(options, source.model.config.max_positions)
+def _held_out(
+    source: loading.Source, task: tasks.Task, options: DataOptions, decoding: EvalOptions
+) -> tuple[DataOptions, Any]:
+    """What is held out, and the options with what the data and the model decide."""
     seed = source.config.train.seed if source.config else 0
     with loading.user_errors():
-        _, examples = data.load_examples(loading.data_spec(options, seed))
-    return loading.prepare_held_out(examples, options, source.model, max_new_tokens, limit)
+        options, _, examples = task.read(options, source.model.name, seed)
+        options = task.resolve(options, source.model)
+        return options, task.hold_out(examples, options, source.model, decoding)

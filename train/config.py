@@ -4,6 +4,7 @@
 written, so that a run's `config.json` shows every value that was used.
 """
 
+import ast
 import dataclasses
 import types
 import typing
@@ -31,6 +32,13 @@ OptionalFloat = Annotated[float | None, _optional("FLOAT")]
 OptionalStr = Annotated[str | None, _optional("STR")]
 OptionalPath = Annotated[Path | None, _optional("PATH")]
 Globs = Annotated[tuple[str, ...], tyro.conf.arg(metavar="GLOB ...", help_behavior_hint="")]
+NamedValues = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...", help_behavior_hint="")]
+
+
+Metrics = Annotated[
+    tuple[Literal["bleu", "rouge", "exact-match"], ...],
+    tyro.conf.arg(metavar="{bleu,rouge,exact-match} ...", help_behavior_hint="(default: bleu)"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +46,8 @@ class ModelOptions:
     """the frozen base"""
 
     model: str = "stories260k"
-    """`stories260k` (shipped) or a directory in Hugging Face layout: config.json, *.safetensors, tokenizer.json."""
+    """`stories260k` (shipped), a directory in Hugging Face layout (config.json, *.safetensors, tokenizer.json), a .gguf
+    file, or a name that `jlora models` lists."""
     bf16: bool = False
     """Hold the base and the activations in bfloat16; adapters and optimizer state stay float32."""
     remat: bool = False
@@ -51,8 +60,12 @@ class ModelOptions:
 class DataOptions:
     """what to train on and what to hold out"""
 
+    task: Literal["causal-lm", "classification", "regression", "masked-lm", "image-classification"] = "causal-lm"
+    """What to learn: text by decoders; classes or numbers of texts and pairs of them, or masked tokens, by BERT and
+    RoBERTa; classes of images by ViT."""
     data: str = "e2e"
-    """`e2e` or `shakespeare` (shipped), or a .txt, .jsonl, .csv or .tsv file, which may be gzipped (.gz)."""
+    """`e2e` or `shakespeare` (shipped), or a .txt, .jsonl, .csv or .tsv file, which may be gzipped (.gz); for images a
+    directory with a folder for each class, or an .npz file with `images` and `labels`."""
     eval_data: OptionalStr = None
     """A file to hold out (default: the shipped split, or `--eval-fraction` of `--data`)."""
     eval_fraction: float = 0.1
@@ -63,10 +76,22 @@ class DataOptions:
     """Column with the prompt; its tokens are read but not trained on."""
     completion_column: str = "completion"
     """Column with the completion of the prompt."""
+    label_column: str = "label"
+    """Column with the class or the number of a text."""
+    pair_column: OptionalStr = None
+    """Column with a second text, to classify pairs (default: there is none)."""
+    labels: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    """Names of the classes in the order of their numbers (default: the labels of the training data, sorted)."""
+    mask_fraction: float = 0.15
+    """Share of the tokens that masked-lm has to tell."""
     max_length: OptionalInt = None
-    """Tokens per row; longer examples are cut (default: e2e 192, shakespeare 128, files 512 or the model's limit)."""
+    """Tokens per row; longer examples are cut (default: e2e 192, shakespeare 128, files 512 or the model's limit; 128
+    for tasks of encoders)."""
     packing: bool = False
     """Put several short examples in one row; attention does not cross from one to the next."""
+    chat_template: Literal["none", "auto"] = "none"
+    """`auto`: prompts and completions go through the model's chat template, as turns of a user and of the model. The
+    conversations of a .jsonl file with `messages` always do; of them the model's turns are trained on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +111,15 @@ class MethodOptions:
     """Probability of dropping an input of the adapter while training (default: 0)."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead, which keeps high ranks learning."""
-    method_options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE ...", help_behavior_hint="")] = ()
+    method_options: NamedValues = ()
     """Further options of the method, for example `d_initial=0.1` of vera."""
+    init: str = "default"
+    """Where lora and dora start: `pissa`, `milora`, `olora`, `orthogonal`, or from data `eva`, `corda`, `lora_ga`; and
+    lora_xs: `lora_sb` (default: at random and zero)."""
+    init_options: NamedValues = ()
+    """Further options of `--init`, for example `iterations=4` of pissa."""
+    calibration_batches: int = 32
+    """Training batches that an `--init` from data looks at."""
     train_fully: Globs = ()
     """Leaves to train as they are beside the adapters, for example "**/norm/scale"."""
 
@@ -96,8 +128,15 @@ class MethodOptions:
 class OptimizerOptions:
     """the optimizer, and its learning rate over time"""
 
-    optimizer: Literal["adamw", "adafactor", "lion", "sgd"] = "adamw"
-    """The optax optimizer."""
+    optimizer: Literal[
+        "adamw", "adafactor", "lion", "sgd",
+        "lora_plus", "lora_pro", "lora_pro_full", "altlora", "altlora_plus", "allora_approx", "scaled_gd",
+        "scaled_adam", "lora_rite", "lora_fa", "ffa", "galore", "fira", "apollo", "dct",
+    ] = "adamw"  # fmt: skip
+    """One of optax, one of jlora.optim for pairs of factors, or (`galore` and after) for large matrices, as
+    `--method full` trains."""
+    optimizer_options: NamedValues = ()
+    """Further options of the optimizer, for example `rank=64 period=100` of galore."""
     learning_rate: OptionalFloat = None
     """Peak learning rate (default: 1e-2 for the shipped model, 2e-4 for others; a tenth of that for `full`)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -107,11 +146,11 @@ class OptimizerOptions:
     final_fraction: float = 0.05
     """Where cosine and linear end, as a share of the peak."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of adamw and lion, plain of adafactor; not for sgd."""
+    """Decoupled weight decay; plain of adafactor; none of sgd and scaled_gd."""
     beta1: float = 0.9
-    """First-moment decay of adamw and lion; momentum of sgd (0: none)."""
+    """First-moment decay; momentum of sgd (0: none)."""
     beta2: float = 0.999
-    """Second-moment decay of adamw and lion."""
+    """Second-moment decay."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient; 0 turns clipping off."""
 
@@ -143,7 +182,10 @@ class EvalOptions:
     eval_limit: OptionalInt = None
     """Use only the first N held-out rows and prompts (default: all)."""
     generate: bool = True
-    """Decode the held-out prompts before and after: corpus BLEU when there are references, and the samples shown."""
+    """Decode the held-out prompts before and after: `--metrics` when there are references, and the samples shown."""
+    metrics: Metrics = ("bleu",)
+    """What decoded texts are compared with their references by; exact-match: the answer after "####", as in GSM8K, or
+    the whole text where the references have no such mark."""
     max_new_tokens: int = 128
     """Longest completion in tokens."""
     samples: int = 3
@@ -160,6 +202,8 @@ class RunOptions:
     """Replace an earlier run in `--out`; without it an existing directory is an error."""
     resume: OptionalPath = None
     """Continue the run in this directory, with its own configuration, from its newest checkpoint."""
+    dry_run: bool = False
+    """Check everything, print the plan (what is adapted, steps, memory) and stop; nothing is written."""
     checkpoint_every: int = 100
     """Steps between checkpoints; 0: only at the end and on interruption."""
     keep: int = 2
@@ -211,6 +255,8 @@ class GenerateConfig:
     """0 takes the likeliest token; a higher value draws more freely."""
     top_p: float = 1.0
     """Draw only from the likeliest tokens that together hold this share of the probability."""
+    chat_template: Annotated[Literal["none", "auto"] | None, _optional("none|auto")] = None
+    """`auto`: prompts are what a user says, in the model's chat template (default: the run's, else none)."""
     seed: int = 0
     """Seed of the drawing."""
     source: SourceOptions = SourceOptions()
@@ -218,16 +264,24 @@ class GenerateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig:
-    """Measure held-out loss, perplexity and, where prompts have references, corpus BLEU."""
+    """Measure what `jlora finetune` measures on held-out data: loss, perplexity, BLEU, accuracy, ..."""
 
     data: OptionalStr = None
-    """A file to evaluate on as a whole, `e2e` or `shakespeare` (default: the run's held-out data, else e2e)."""
-    text_column: str = "text"
-    """Column with plain text."""
-    prompt_column: str = "prompt"
-    """Column with the prompt."""
-    completion_column: str = "completion"
-    """Column with the completion of the prompt."""
+    """Data to evaluate on as a whole, `e2e` or `shakespeare` (default: the run's held-out data, else e2e)."""
+    task: Annotated[str | None, _optional("TASK")] = None
+    """As in `jlora finetune` (default: the run's, else causal-lm)."""
+    text_column: OptionalStr = None
+    """Column with plain text (default: the run's, else `text`)."""
+    prompt_column: OptionalStr = None
+    """Column with the prompt (default: the run's, else `prompt`)."""
+    completion_column: OptionalStr = None
+    """Column with the completion of the prompt (default: the run's, else `completion`)."""
+    label_column: OptionalStr = None
+    """Column with the class or the number of a text (default: the run's, else `label`)."""
+    pair_column: OptionalStr = None
+    """Column with a second text (default: the run's)."""
+    labels: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    """Names of the classes in the order of their numbers (default: the run's, or the checkpoint's)."""
     max_length: OptionalInt = None
     """Tokens per row (default: as in `jlora finetune`)."""
     batch_size: int = 32
@@ -235,7 +289,11 @@ class EvaluateConfig:
     limit: OptionalInt = None
     """Use only the first N rows and prompts (default: all)."""
     generate: bool = True
-    """Decode the prompts for BLEU."""
+    """Decode the prompts for `--metrics`."""
+    metrics: Metrics = ("bleu",)
+    """As in `jlora finetune`."""
+    chat_template: Annotated[Literal["none", "auto"] | None, _optional("none|auto")] = None
+    """As in `jlora finetune` (default: the run's, else none)."""
     max_new_tokens: int = 128
     """Longest completion in tokens."""
     source: SourceOptions = SourceOptions()
@@ -276,6 +334,46 @@ class ConvertConfig:
     """Largest rank of `--to lora`, or the share of each matrix's change to keep, for example 0.95."""
 
 
+@dataclasses.dataclass(frozen=True)
+class MethodsConfig:
+    """List the methods: what they are, what they train on a model, whether they merge, what PEFT calls them."""
+
+    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Methods to tell all about: paper, formula, cost, options (default: a table of all methods)."""
+    model: str = "stories260k"
+    """Model to count trainable parameters on; of a directory, config.json is enough."""
+    rank: OptionalInt = None
+    """Rank of the methods that have one (default: each method's own)."""
+    targets: Globs = ()
+    """Leaves to count on, as in `jlora finetune` (default: those of the model's family)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelsConfig:
+    """List the families of models that can be read, and the weights that are here."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetsConfig:
+    """Show every leaf of a model: its shape, how the model uses it, and which pattern catches it."""
+
+    model: tyro.conf.Positional[str] = "stories260k"
+    """Model as in `jlora finetune`; of a directory, config.json is enough."""
+    method: MethodOptions = MethodOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """Compare runs: a table of the options that differ and of what came out, and a figure of the losses."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories of `jlora finetune`, finished or not."""
+    out: Path = Path("compare.png")
+    """The figure."""
+    overwrite: bool = False
+    """Replace the file `--out`."""
+
+
 def validate(config: FinetuneConfig) -> None:
     """Refuse values that cannot work before anything is loaded; what needs the model is checked when it is there."""
     positive = {
@@ -284,6 +382,7 @@ def validate(config: FinetuneConfig) -> None:
         "--max-length": config.data.max_length, "--eval-batch-size": config.eval.eval_batch_size,
         "--eval-limit": config.eval.eval_limit, "--max-new-tokens": config.eval.max_new_tokens,
         "--keep": config.run.keep, "--log-every": config.run.log_every,
+        "--calibration-batches": config.method.calibration_batches,
     }  # fmt: skip
     for option, value in positive.items():
         if value is not None and value <= 0:
@@ -304,16 +403,16 @@ def validate(config: FinetuneConfig) -> None:
             raise UserError(f"{option} must lie between 0 and 1, got {value}")
     if not 0 < config.data.eval_fraction < 1:
         raise UserError(f"--eval-fraction must lie between 0 and 1, got {config.data.eval_fraction}")
+    if not 0 < config.data.mask_fraction < 1:
+        raise UserError(f"--mask-fraction must lie between 0 and 1, got {config.data.mask_fraction}")
     if config.train.steps is not None and config.train.epochs is not None:
         raise UserError("give --steps or --epochs, not both")
-    if config.optimizer.optimizer == "sgd" and config.optimizer.weight_decay:
-        raise UserError("--weight-decay is not available for --optimizer sgd: leave it at 0 or take adamw")
 
 
-def resolve_length(data: DataOptions, limit: int) -> DataOptions:
-    """Fill in `max_length`; `limit` is the longest sequence the model was made for."""
+def resolve_length(data: DataOptions, limit: int, usual: int | None = None) -> DataOptions:
+    """Fill in `max_length`; `limit` is the longest sequence the model was made for, `usual` the task's own choice."""
     if data.max_length is None:
-        length = min({"e2e": 192, "shakespeare": 128}.get(data.data, 512), limit)
+        length = min(usual or {"e2e": 192, "shakespeare": 128}.get(data.data, 512), limit)
     elif data.max_length > limit:
         raise UserError(f"--max-length {data.max_length} exceeds the {limit} positions of the model")
     else:
@@ -325,11 +424,11 @@ _STEPS = {"e2e": 800, "shakespeare": 300}
 _SHIPPED_RATE, _RATE = 1e-2, 2e-4  # small models take large steps
 
 
-def resolve_rate(config: FinetuneConfig) -> FinetuneConfig:
-    """Fill in the learning rate."""
+def resolve_rate(config: FinetuneConfig, usual: float | None = None) -> FinetuneConfig:
+    """Fill in the learning rate; `usual` is the task's own."""
     if config.optimizer.learning_rate is not None:
         return config
-    rate = _SHIPPED_RATE if config.model.model == ModelOptions.model else _RATE
+    rate = usual or (_SHIPPED_RATE if config.model.model == ModelOptions.model else _RATE)
     rate = rate / 10 if config.method.method == "full" else rate
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
 
@@ -355,6 +454,20 @@ def resolve_steps(config: FinetuneConfig, rows: int) -> FinetuneConfig:
         train=dataclasses.replace(train, steps=steps),
         optimizer=dataclasses.replace(optimizer, warmup_steps=warmup),
     )
+
+
+def literal_options(flag: str, options: tuple[str, ...]) -> dict[str, Any]:
+    """``NAME=VALUE`` pairs, the values as Python reads them; what it cannot read is a string."""
+    values: dict[str, Any] = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"{flag} wants NAME=VALUE, got {option!r}")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    return values
 
 
 def to_dict(config: Any) -> Any:

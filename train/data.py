@@ -5,6 +5,7 @@ An example is a prompt and a completion, of which only the completion is learnt;
 
 import csv
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -19,7 +20,7 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int
 
-from jlora.train import assets
+from jlora.train import assets, chat
 from jlora.train.tokenizers import Tokenizer
 
 
@@ -35,8 +36,9 @@ class DataSpec:
     """Where the texts come from.
 
     `path` is "e2e" or "shakespeare" (shipped), or a .txt, .jsonl, .csv or .tsv file, each also with .gz. A .txt file is
-    one text. A file with columns is read as prompts and completions when it has both of these columns, and otherwise as
-    plain texts; records whose completion or text is blank are passed over.
+    one text. A file with columns is read as prompts and completions when it has both of these columns, as conversations
+    when it has a column `messages` (.jsonl), and otherwise as plain texts; records whose completion or text is blank
+    are passed over.
     """
 
     path: str = "e2e"
@@ -60,15 +62,23 @@ class Encoded:
     positions: Int[np.ndarray, "N T"]
     segment_ids: Int[np.ndarray, "N T"]
     truncated: int = 0
-    """Completions cut off at the end because prompt and completion exceed T tokens."""
+    """Completions cut off at the end because prompt and completion exceed T tokens; dialogues that lose an answer."""
     dropped: int = 0
-    """Examples left out because their prompt alone fills T tokens."""
+    """Examples left out because what comes before the completion fills T tokens."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def fields(self) -> dict[str, np.ndarray]:
+        """What a batch has of each row."""
+        return {name: getattr(self, name) for name in ("ids", "mask", "positions", "segment_ids")}
 
-def load_examples(spec: DataSpec) -> tuple[list[Example], list[Example]]:
+
+Examples = list[Example] | list[chat.Conversation]
+
+
+def load_examples(spec: DataSpec) -> tuple[Examples, Examples]:
     """The examples to train on and those held out."""
     if spec.path == "e2e" and spec.eval_path is None:
         return _e2e("e2e_small_train.tsv.gz"), _e2e("e2e_small_dev.tsv.gz")
@@ -124,9 +134,20 @@ def _split(examples: list[Example], spec: DataSpec) -> tuple[list[Example], list
     return train, [e for key, e in zip(keys, examples, strict=True) if key in held]
 
 
+def _kind(path: pathlib.Path) -> str:
+    return (pathlib.Path(path.stem).suffix if path.suffix == ".gz" else path.suffix).lower()
+
+
+def read_table(path: pathlib.Path) -> "Rows":
+    """(line number, columns) of each record of a file with columns."""
+    kind = _kind(path)
+    if kind not in _ROWS:
+        raise ValueError(f"{path}: unknown kind of file {kind!r}; wanted one of {', '.join(_ROWS)}, which may be .gz")
+    return _ROWS[kind](path, _text(path))
+
+
 def _read(spec: DataSpec, path: pathlib.Path) -> list[Example]:
-    kind = pathlib.Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    kind = kind.lower()
+    kind = _kind(path)
     if kind == ".txt":
         text = _text(path)
         examples = [Example("", text)] if text.strip() else []
@@ -210,11 +231,15 @@ def _examples(spec: DataSpec, path: pathlib.Path, rows: Rows) -> list[Example]:
     for number, row in rows:
         if all(column in row for column in pair):
             columns = pair
+        elif "messages" in row:
+            examples.append(chat.read_messages(row["messages"], f"{path}, line {number}"))
+            continue
         elif spec.text_column in row:
             columns = (spec.text_column,)
         else:
             raise ValueError(
-                f"{path}, line {number}: no column {spec.text_column!r}, nor both {pair[0]!r} and {pair[1]!r}; "
+                f"{path}, line {number}: no column {spec.text_column!r}, nor both {pair[0]!r} and {pair[1]!r}, nor "
+                "'messages'; "
                 f"found {list(row)}. Name yours with text_column, or prompt_column and completion_column"
             )
         values = [row[column] for column in columns]
@@ -226,22 +251,35 @@ def _examples(spec: DataSpec, path: pathlib.Path, rows: Rows) -> list[Example]:
     return examples
 
 
-def encode(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, packing: bool = False) -> Encoded:
+def encode(
+    examples: Sequence[Example | chat.Dialogue], tokenizer: Tokenizer, max_length: int, packing: bool = False
+) -> Encoded:
     """Rows of `max_length` tokens.
 
     A prompt and its completion give one sequence, BOS prompt completion EOS, cut at `max_length`. Plain text gives
     text EOS, cut into as many pieces as it needs, each with BOS before it. A tokenizer without BOS or EOS adds none.
+    A dialogue is encoded as it stands, for its template knows what begins and what ends it, and cut at `max_length`.
     With `packing` several sequences share a row, each a segment of its own, so that less is padding.
     """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if max_length < len(bos) + 2:
         raise ValueError(f"max_length is {max_length}; a sequence needs at least {len(bos) + 2} tokens")
-    prompts = tokenizer.encode_batch([e.prompt for e in examples])
-    completions = tokenizer.encode_batch([e.completion for e in examples])
-    sequences: list[tuple[list[int], int]] = []  # token ids, and how many come before the first target
+    texts = [Example("", "") if isinstance(e, chat.Dialogue) else e for e in examples]
+    prompts = tokenizer.encode_batch([e.prompt for e in texts])
+    completions = tokenizer.encode_batch([e.completion for e in texts])
+    sequences: list[tuple[list[int], np.ndarray]] = []  # token ids, and which of them are targets
     truncated = dropped = 0
     for example, prompt, completion in zip(examples, prompts, completions, strict=True):
+        if isinstance(example, chat.Dialogue):
+            tokens, learnt = chat.encode(example, tokenizer)
+            learnt[0] = False  # nothing comes before it that could predict it
+            kept = learnt[:max_length]
+            truncated += any(kept) and sum(kept) < sum(learnt)
+            dropped += not any(kept)
+            if any(kept):
+                sequences.append((tokens[:max_length], np.array(kept)))
+            continue
         target = completion + eos
         if example.prompt:
             before = bos + prompt
@@ -249,11 +287,11 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, p
             truncated += 0 < room < len(target)
             dropped += room <= 0
             if room > 0:
-                sequences.append((before + target[:room], max(len(before), 1)))
+                sequences.append(_learn_from(before + target[:room], max(len(before), 1)))
         else:
             step = max_length - len(bos)
             pieces = [bos + target[i : i + step] for i in range(0, len(target), step)]
-            sequences += [(piece, 1) for piece in pieces if len(piece) > 1]
+            sequences += [_learn_from(piece, 1) for piece in pieces if len(piece) > 1]
     if not sequences:
         raise ValueError(
             f"none of the {len(examples)} examples leaves a token to learn within max_length={max_length} "
@@ -261,6 +299,10 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int, p
         )
     rows = _pack([len(s) for s, _ in sequences], max_length) if packing else [[i] for i in range(len(sequences))]
     return _fill(rows, sequences, max_length, tokenizer.pad_id, truncated, dropped)
+
+
+def _learn_from(tokens: list[int], first: int) -> tuple[list[int], np.ndarray]:
+    return tokens, np.arange(len(tokens)) >= first
 
 
 def _pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -286,25 +328,39 @@ def _fill(rows, sequences, max_length, pad_id, truncated, dropped) -> Encoded:
     for n, row in enumerate(rows):
         start = 0
         for segment, i in enumerate(row, 1):
-            tokens, before = sequences[i]
+            tokens, learnt = sequences[i]
             stop = start + len(tokens)
             ids[n, start:stop] = tokens
-            mask[n, start + before : stop] = 1.0
+            mask[n, start:stop] = learnt
             positions[n, start:stop] = np.arange(len(tokens))
             segment_ids[n, start:stop] = segment
             start = stop
     return Encoded(ids, mask, positions, segment_ids, truncated, dropped)
 
 
+def grouped_by_length(lengths: Int[np.ndarray, "n"], batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Rows [batches, batch_size] of an epoch in random order, sorted by length within every 16 batches of it.
+
+    So each batch is of rows that need about as much padding, drawn at random but for that, and batches of all lengths
+    follow each other at random. An incomplete batch is left out, before the sorting.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))[: len(lengths) // batch_size * batch_size]
+    windows = np.split(order, range(16 * batch_size, len(order), 16 * batch_size))
+    order = np.concatenate([window[np.argsort(lengths[window], kind="stable")] for window in windows])
+    return rng.permutation(order.reshape(-1, batch_size))
+
+
 def batches(
-    encoded: Encoded,
+    encoded: Any,
     batch_size: int,
     seed: int,
     epochs: int | None = None,
     shuffle: bool = True,
     drop_remainder: bool = True,
 ) -> grain.DatasetIterator:
-    """An iterator of {"ids", "mask", "positions", "segment_ids"}, each [batch_size, T].
+    """An iterator of {"ids", "mask", "positions", "segment_ids"}, each [batch_size, T]; or whatever `encoded` has for
+    its `fields`, {name: array of as many rows}, "mask" among them. If it has `lengths`, batches are of similar ones.
 
     Each epoch has its own order, a function of `seed` alone; `epochs=None` never ends. `get_state()` and
     `set_state(state)` resume the stream anywhere. With `drop_remainder=False` the last batch of an epoch is filled up
@@ -312,7 +368,7 @@ def batches(
     """
     if drop_remainder and len(encoded) < batch_size:
         raise ValueError(f"{len(encoded)} rows do not fill one batch of {batch_size}; choose a smaller batch size")
-    fields = {key: getattr(encoded, key) for key in ("ids", "mask", "positions", "segment_ids")}
+    fields = encoded.fields
 
     def gather(rows: Int[np.ndarray, "b"]) -> dict[str, np.ndarray]:
         batch = {key: values[rows] for key, values in fields.items()}
@@ -322,9 +378,15 @@ def batches(
             batch["mask"][-missing:] = 0.0
         return batch
 
-    dataset = grain.MapDataset.range(len(encoded))
-    if shuffle:
-        dataset = dataset.shuffle(seed=seed)
-    dataset = dataset.batch(batch_size, drop_remainder=drop_remainder).map(gather).repeat(epochs)
+    if shuffle and getattr(encoded, "lengths", None) is not None:
+        order = functools.lru_cache(2)(functools.partial(grouped_by_length, encoded.lengths, batch_size, seed))
+        count = len(encoded) // batch_size
+        dataset = grain.MapDataset.range(count).repeat(epochs)
+        dataset = dataset.map_with_index(lambda i, _: gather(order(i // count)[i % count]))
+    else:
+        dataset = grain.MapDataset.range(len(encoded))
+        if shuffle:
+            dataset = dataset.shuffle(seed=seed)
+        dataset = dataset.batch(batch_size, drop_remainder=drop_remainder).map(gather).repeat(epochs)
     # Gathering rows of arrays is cheap: threads that read ahead would only take cores from the computation.
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))

@@ -16,35 +16,29 @@ from jaxtyping import PyTree
 
 import jlora
 from jlora.io import save_peft
-from jlora.train import data, loading
+from jlora.train import data, loading, models, starts, tasks
 from jlora.train.checkpoint import Checkpoints
-from jlora.train.checkpoint import checksum as array_checksum
 from jlora.train.config import (
     FinetuneConfig,
     RunError,
     UserError,
-    resolve_length,
     resolve_rate,
     resolve_steps,
     to_dict,
     validate,
 )
-from jlora.train.generate import generate
 from jlora.train.loop import (
     Interrupted,
     Loop,
     StopRequested,
     StopSignals,
     TrainState,
-    held_out_nll,
-    learning_rate_schedule,
-    make_eval_step,
-    make_optimizer,
     make_train_step,
 )
-from jlora.train.metrics import corpus_bleu, perplexity
+from jlora.train.optimizers import learning_rate_schedule, make_optimizer
 from jlora.train.report import Reporter, figures_line, one_line, plot_losses, run_readme
 from jlora.train.run import RunDirectory, write_directory, write_file, write_json
+from jlora.train.tasks import Measured, Task
 
 _VERSIONS = ("jlora", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -54,62 +48,28 @@ class Job:
     """Everything a run needs, made from a resolved configuration."""
 
     config: FinetuneConfig
+    task: Task
     model: Any
     adapted: jlora.Adapted
-    train: data.Encoded
-    held_out: loading.HeldOut
+    train: Any
+    held_out: Any
     apply: Callable
     eval_step: Callable
     reporter: Reporter
     signals: StopSignals
 
-    def measure(self, trainable: PyTree, nll: float | None = None) -> tuple[dict[str, Any], list[str]]:
-        """Held-out figures, and the completions of the held-out prompts ([] without --generate)."""
-        options, adapted = self.config.eval, self.adapted.replace(trainable=trainable)
-        if nll is None:
-            nll = self.held_out_nll(trainable)
-        figures: dict[str, Any] = {"eval_nll": nll, "perplexity": perplexity(nll)}
-        if not options.generate:
-            return figures, []
-        wanted = self.held_out.prompt_ids if self.held_out.references else self.held_out.prompt_ids[: options.samples]
-        texts = complete(
-            self.apply, adapted.bind(), self.model, wanted, max_new_tokens=options.max_new_tokens,
-            batch_size=options.eval_batch_size, poll=self.signals.poll,
-        )  # fmt: skip
-        if self.held_out.references and texts:
-            figures["bleu"], figures["bleu_signature"] = corpus_bleu(texts, self.held_out.references)
-            figures["bleu_prompts"] = len(texts)
-        return figures, texts
+    def evaluate(self, trainable: PyTree) -> Measured:
+        """Held-out figures."""
+        adapted, batch_size = self.adapted.replace(trainable=trainable), self.config.eval.eval_batch_size
+        return self.task.evaluate(self.eval_step, adapted, self.held_out, batch_size, self.signals.poll)
 
-    def held_out_nll(self, trainable: PyTree) -> float:
-        adapted = self.adapted.replace(trainable=trainable)
-        batch_size = self.config.eval.eval_batch_size
-        return held_out_nll(self.eval_step, adapted, self.held_out.rows, batch_size, self.signals.poll)
-
-
-def complete(
-    apply: Callable,
-    params: PyTree,
-    model: Any,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
-    poll: Callable = lambda: None,
-) -> list[str]:
-    """The likeliest texts to follow the prompts. Batches go by length; `poll` is called between them."""
-    texts = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        poll()
-        chosen = order[start : start + batch_size]
-        tokens = generate(
-            apply, params, [prompts[i] for i in chosen], config=model.config, max_new_tokens=max_new_tokens,
-            eos_id=model.tokenizer.eos_id, batch_size=batch_size,
-        )  # fmt: skip
-        for i, row in zip(chosen, tokens, strict=True):
-            texts[i] = model.tokenizer.decode(row).strip()
-    return texts
+    def measure(self, trainable: PyTree, measured: Measured | None = None) -> Measured:
+        """These and what takes longer, with the model's answers; `measured` is what `evaluate` gave already."""
+        measured = self.evaluate(trainable) if measured is None else measured
+        params = self.adapted.replace(trainable=trainable).bind()
+        return self.task.complete(
+            measured, self.apply, params, self.model, self.held_out, self.config.eval, self.signals.poll
+        )
 
 
 def finetune(config: FinetuneConfig, argv: list[str]) -> int:
@@ -120,15 +80,23 @@ def finetune(config: FinetuneConfig, argv: list[str]) -> int:
             raise UserError("--resume takes every option from the run's config.json: give no other option with it")
         run = RunDirectory.open(config.run.resume)
         saved = run.read_config()
-        job = prepare(loading.read_run_config(run), reporter)
+        job = prepare(loading.read_run_config(run), reporter, run.start)
     else:
         validate(config)
         path = config.run.out or _default_directory(config)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=path))
         RunDirectory.check_free(path, config.run.overwrite)
         job = prepare(config, reporter)
+        if config.run.dry_run:
+            from jlora.train.inform import run_plan  # which imports Job from here
+
+            reporter.say(run_plan(job))
+            reporter.say(f"\nnothing was written; without --dry-run the run would go to {path}")
+            return 0
         saved = describe(job, shlex.join(["jlora", *argv]))
         run = RunDirectory.create(path, saved, config.run.overwrite)
+        if config.method.init != "default":
+            starts.save(job.adapted, run.start)
     with job.signals:
         try:
             return _run(job, run, saved)
@@ -142,21 +110,34 @@ def finetune(config: FinetuneConfig, argv: list[str]) -> int:
             raise RunError(f"could not write to {run.path}: {error}; what was saved before is kept") from error
 
 
-def prepare(config: FinetuneConfig, reporter: Reporter) -> Job:
-    """Load and check everything; nothing is written."""
+def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = None) -> Job:
+    """Load and check everything; nothing is written. `start` is the file where the adapters of a run started."""
     loading.build_method(config.method)  # a misspelt option should not wait for the model
-    model = loading.load_model(config.model.model, config.model.bf16, config.model.remat, config.model.quantize)
-    loading.need_text_model(model)
-    config = dataclasses.replace(config, data=resolve_length(config.data, model.config.max_positions))
-    config = dataclasses.replace(config, method=loading.resolve_targets(config.method, model))
-    adapted = loading.build_adapted(model, config.method, config.train.seed)
-    train, held_out = loading.load_data(
-        config.data, model, seed=config.train.seed, max_new_tokens=config.eval.max_new_tokens,
-        limit=config.eval.eval_limit,
+    make_optimizer(config.optimizer, 0.0)
+    task = tasks.make(config.data)
+    reporter.unit = task.unit
+    with loading.user_errors():
+        task.check(config.model.model, models.family_of(config.model.model))
+        options, train, held_out = task.read(config.data, config.model.model, config.train.seed)
+    model = loading.load_run_model(dataclasses.replace(config, data=options))
+    task.attach(model)
+    method = loading.resolve_targets(config.method, model, task.train_fully(model))
+    config = dataclasses.replace(config, data=task.resolve(options, model), method=method)
+    with loading.user_errors():
+        train = task.encode(train, config.data, model)
+        held_out = task.hold_out(held_out, config.data, model, config.eval)
+    adapted = loading.build_adapted(
+        model, config.method, config.train.seed, start,
+        lambda rules, traced: starts.calibrate(
+            model, traced, rules, train, task, config.method, batch_size=config.train.batch_size,
+            seed=config.train.seed, progress=lambda batches: reporter.track(batches, "calibrating"),
+        ),
     )  # fmt: skip
-    config = resolve_steps(resolve_rate(config), len(train))
+    config = resolve_steps(resolve_rate(config, task.learning_rate), len(train))
+    loading.abstract_arrays(config, adapted)  # an optimizer may refuse the parameters
     apply = jlora.lift(model.module.apply)
-    return Job(config, model, adapted, train, held_out, apply, make_eval_step(apply), reporter, StopSignals())
+    step = task.make_eval_step(apply)
+    return Job(config, task, model, adapted, train, held_out, apply, step, reporter, StopSignals())
 
 
 def describe(job: Job, command: str) -> dict[str, Any]:
@@ -175,6 +156,7 @@ def describe(job: Job, command: str) -> dict[str, Any]:
             "train_rows": len(job.train),
             "eval_rows": len(job.held_out.rows),
             "eval_prompts": len(job.held_out.prompts) if job.held_out.references else 0,
+            **({"classes": len(job.config.data.labels)} if job.config.data.labels else {}),
         },
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         "backend": jax.default_backend(),
@@ -194,13 +176,15 @@ def _run(job: Job, run: RunDirectory, saved: dict[str, Any]) -> int:
         f"{summary['model_name']}: {summary['trainable']:,} trainable parameters beside {summary['parameters']:,}; "
         f"{summary['train_rows']:,} rows to train on, {summary['eval_rows']:,} held out; writing to {run.path}"
     )
+    if config.data.labels and job.task.name != "regression":
+        say(f"{len(config.data.labels)} classes: {', '.join(config.data.labels)}")
     for rows, what in ((job.train, "training"), (job.held_out.rows, "held-out")):
         if rows.truncated or rows.dropped:
             say(
                 f"of the {what} examples {rows.truncated:,} were cut at --max-length {config.data.max_length} and "
                 f"{rows.dropped:,} left out, whose prompt fills it"
             )
-    identity = loading.base_identity(job.adapted) | {"training data": array_checksum(job.train.ids)}
+    identity = loading.base_identity(job.adapted) | {"training data": job.task.identity(job.train)}
     checkpoints = Checkpoints(run.checkpoints, keep=config.run.keep, identity=identity)
     try:
         state, stream = _restore_or_start(job, checkpoints, run)
@@ -210,15 +194,16 @@ def _run(job: Job, run: RunDirectory, saved: dict[str, Any]) -> int:
             return 0
         if "before" not in results:
             results = _measure_before(job, run)
-        if not math.isfinite(float(results["before"]["eval_nll"])):
-            raise RunError(f"the held-out loss is {results['before']['eval_nll']} before any training: stopped")
+        loss = results["before"][job.task.loss_key]
+        if not math.isfinite(float(loss)):
+            raise RunError(f"the held-out loss is {loss} before any training: stopped")
         say(f"before: {figures_line(results['before'])}")
         began, first = time.monotonic(), state.step
-        state, nll = _train(job, run, checkpoints, state, stream)
+        state, measured = _train(job, run, checkpoints, state, stream)
         results["train_seconds"] = None if first else round(time.monotonic() - began, 1)
     finally:
         checkpoints.close()
-    _finish(job, run, saved, results, state, nll)
+    _finish(job, run, saved, results, state, measured)
     return 0
 
 
@@ -241,28 +226,31 @@ def _restore_or_start(job: Job, checkpoints: Checkpoints, run: RunDirectory) -> 
 
 def _measure_before(job: Job, run: RunDirectory) -> dict[str, Any]:
     # With a fresh adapter the model is still the base, and the functions compiled here serve again after training.
-    figures, texts = job.measure(job.adapted.trainable)
-    results = {"before": figures, "texts_before": texts}
-    run.append_metrics({"step": 0, "eval_nll": figures["eval_nll"], "perplexity": figures["perplexity"]})
+    first = job.evaluate(job.adapted.trainable)
+    measured = job.measure(job.adapted.trainable, first)
+    results = {"before": measured.figures, "texts_before": measured.answers}
+    run.append_metrics({"step": 0, **first.figures})
     write_json(run.results, results)
     return results
 
 
 def _train(job: Job, run: RunDirectory, checkpoints: Checkpoints, state: TrainState, stream: Any):
-    """Take the remaining steps; returns the last state and its held-out loss."""
+    """Take the remaining steps; returns the last state and what was measured of it."""
     config = job.config
-    last: dict[str, float] = {}
+    last: dict[str, Measured] = {}
 
-    def evaluate(trainable: PyTree) -> float:
-        last["nll"] = job.held_out_nll(trainable)
-        return last["nll"]
+    def evaluate(trainable: PyTree) -> dict[str, Any]:
+        last["measured"] = job.evaluate(trainable)
+        return last["measured"].figures
 
     steps = config.train.steps
+    schedule = learning_rate_schedule(config.optimizer, steps)
     loop = Loop(
         fixed=job.adapted.replace(trainable={}),
-        train_step=make_train_step(job.apply, make_optimizer(config.optimizer, steps)),
+        train_step=make_train_step(job.apply, make_optimizer(config.optimizer, schedule), job.task.loss),
+        task=job.task,
         evaluate=evaluate,
-        schedule=learning_rate_schedule(config.optimizer, steps),
+        schedule=schedule,
         batches=stream,
         accumulation=config.train.accumulation,
         steps=steps,
@@ -275,25 +263,27 @@ def _train(job: Job, run: RunDirectory, checkpoints: Checkpoints, state: TrainSt
         signals=job.signals,
     )
     state = loop.train(state)
-    return state, last.get("nll")
+    return state, last.get("measured")
 
 
-def _finish(job: Job, run: RunDirectory, saved: dict, results: dict, state: TrainState, nll: float | None) -> None:
+def _finish(
+    job: Job, run: RunDirectory, saved: dict, results: dict, state: TrainState, measured: Measured | None
+) -> None:
     """Adapter, figures after, samples, plot and README."""
     say, config = job.reporter.say, job.config
     adapted = job.adapted.replace(trainable=state.trainable)
     try:
-        export_adapter(adapted, run.adapter, job.model.name, overwrite=True)
+        export_adapter(adapted, run.adapter, job.model.name, job.task, overwrite=True)
     except ValueError as error:  # not everything that can be trained has a place in PEFT's files
         say(f"not written in PEFT format: {error}")
-    results["after"], texts = job.measure(state.trainable, nll)
+    measured = job.measure(state.trainable, measured)
     before = results.pop("texts_before")
-    prompts, shown = job.held_out.prompts, range(min(config.eval.samples, len(texts)))
-    results["samples"] = [{"prompt": prompts[i], "before": before[i], "after": texts[i]} for i in shown]
-    if texts:
-        run.write_completions(prompts, before, texts, job.held_out.references)
+    results["after"] = measured.figures
+    results["samples"] = job.task.samples(job.held_out, before, measured.answers, config.eval.samples)
+    if measured.answers:
+        run.write_records(*job.task.records(job.held_out, before, measured.answers))
     _plot(job, run)
-    write_file(run.readme, run_readme(run, saved, results))
+    write_file(run.readme, run_readme(run, saved, results, job.task, config.data))
     write_json(run.results, results)
     say()
     say(f"before: {figures_line(results['before'])}")
@@ -301,6 +291,8 @@ def _finish(job: Job, run: RunDirectory, saved: dict, results: dict, state: Trai
     for sample in results["samples"]:
         say()
         say(f"prompt: {one_line(sample['prompt'])}")
+        if "label" in sample:
+            say(f"label:  {one_line(sample['label'])}")
         say(f"before: {one_line(sample['before'])}")
         say(f"after:  {one_line(sample['after'])}")
     say()
@@ -314,10 +306,13 @@ def _finish(job: Job, run: RunDirectory, saved: dict, results: dict, state: Trai
 def _plot(job: Job, run: RunDirectory) -> None:
     options = job.config
     title = f"{Path(job.model.name).name} on {Path(options.data.data).name}, {options.method.method}"
-    plot_losses(run.read_metrics(), run.plot, title)
+    plot_losses(run.read_metrics(), run.plot, title, job.task.loss_unit)
 
 
-def export_adapter(adapted: jlora.Adapted, directory: Path, model_name: str, overwrite: bool = False) -> None:
+def export_adapter(
+    adapted: jlora.Adapted, directory: Path, model_name: str, task: Task, overwrite: bool = False
+) -> None:
     """Write an adapter in PEFT format, all of it or nothing."""
+    name = models.packaged.hub_name(model_name)
     with write_directory(directory, overwrite) as temporary:
-        save_peft(adapted, temporary, base_model_name_or_path=model_name, task_type="CAUSAL_LM")
+        save_peft(adapted, temporary, base_model_name_or_path=name, task_type=task.peft_type)

@@ -1,10 +1,9 @@
 """From options to objects: model, adapter and data, checked and ready, before anything is written."""
 
-import ast
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from jaxtyping import PyTree
 import jlora
 from jlora.io import load_peft
 from jlora.methods import METHODS, Full, Method
-from jlora.train import data, models
+from jlora.train import chat, data, models, starts
 from jlora.train.checkpoint import Checkpoints, fingerprint
 from jlora.train.config import (
     DataOptions,
@@ -24,8 +23,10 @@ from jlora.train.config import (
     SourceOptions,
     UserError,
     from_dict,
+    literal_options,
 )
-from jlora.train.loop import TrainState, make_optimizer
+from jlora.train.loop import TrainState
+from jlora.train.optimizers import learning_rate_schedule, make_optimizer
 from jlora.train.run import RunDirectory
 
 
@@ -41,22 +42,40 @@ def user_errors(context: str = ""):
 _FORMATS = {"nf4": jlora.quant.NF4, "int8": jlora.quant.Int8}
 
 
-def load_model(name: str, bf16: bool = False, remat: bool = False, quantize: str = "none") -> models.LoadedModel:
+def load_model(
+    name: str,
+    bf16: bool = False,
+    remat: bool = False,
+    quantize: str = "none",
+    labels: Sequence[str] = (),
+    seed: int = 0,
+) -> models.LoadedModel:
+    """The model, with a head for `labels` if there are any; `seed` is of one that has to be drawn."""
     with user_errors():
-        model = models.load(name, dtype="bfloat16" if bf16 else "float32", remat=remat)
+        model = models.load(
+            name, dtype="bfloat16" if bf16 else "float32", remat=remat, labels=labels or None, seed=seed
+        )
         if quantize == "none":
             return model
         params = jlora.quant.quantize(model.params, _FORMATS[quantize], **_traced(model))
         return dataclasses.replace(model, params=params)
 
 
-def need_text_model(model: models.LoadedModel) -> None:
+def load_run_model(config: FinetuneConfig) -> models.LoadedModel:
+    """The base of a run, as the run had it."""
+    options = config.model
+    return load_model(
+        options.model, options.bf16, options.remat, options.quantize, config.data.labels, config.train.seed
+    )
+
+
+def need_text_model(name: str, family: models.Family) -> None:
     """Refuse models that do not continue a text."""
-    if not model.family.writes_text:
+    if not family.writes_text:
         able = ", ".join(sorted(name for name, family in models.FAMILIES.items() if family.writes_text))
         raise UserError(
-            f"{model.name} is a {model.family.model_type} model, which does not continue a text: this command wants "
-            f"one of {able}. From Python any model can be adapted: see jlora.train.models.load"
+            f"{name} is a {family.model_type} model, which does not continue a text: this command wants one of {able}. "
+            "`jlora finetune --task` has other things to learn, such as classification"
         )
 
 
@@ -75,16 +94,14 @@ def build_method(options: MethodOptions) -> Method:
     given = {name: value for name, value in given.items() if value is not None}
     if options.rslora:
         given["rslora"] = True
-    for option in options.method_options:
-        name, equals, value = option.partition("=")
-        if not equals:
-            raise UserError(f"--method-options wants NAME=VALUE, got {option!r}")
-        try:
-            given[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            given[name] = value
+    given |= literal_options("--method-options", options.method_options)
+    start = starts.make_start(options)
+    if start is not None:
+        given["start"] = start
     known = [field.name for field in dataclasses.fields(cls)]
     for name in given:
+        if name not in known and name == "start":
+            raise UserError(f"--init {options.init} is for lora, dora and their like; {options.method} has none")
         if name not in known:
             raise UserError(f"method {options.method!r} has no option {name!r}: it has {', '.join(known) or 'none'}")
     try:
@@ -93,10 +110,14 @@ def build_method(options: MethodOptions) -> Method:
         raise UserError(str(error)) from error
 
 
-def resolve_targets(options: MethodOptions, model: models.LoadedModel) -> MethodOptions:
-    """Fill in `targets`: those of the model's family, or everything when all is to be trained."""
+def resolve_targets(
+    options: MethodOptions, model: models.LoadedModel, train_fully: Sequence[str] = ()
+) -> MethodOptions:
+    """Fill in `targets`: those of the model's family, or everything when all is to be trained; and add what the task
+    trains as it is."""
     targets = options.targets or (("**",) if options.method == "full" else model.family.targets)
-    return dataclasses.replace(options, targets=targets)
+    added = [] if options.method == "full" else [p for p in train_fully if p not in options.train_fully]
+    return dataclasses.replace(options, targets=targets, train_fully=(*options.train_fully, *added))
 
 
 def build_rules(options: MethodOptions) -> dict[str, Method]:
@@ -106,11 +127,22 @@ def build_rules(options: MethodOptions) -> dict[str, Method]:
     return {pattern: Full() for pattern in options.train_fully} | {pattern: method for pattern in targets}
 
 
-def build_adapted(model: models.LoadedModel, options: MethodOptions, seed: int) -> "jlora.Adapted":
-    """The model's parameters with the chosen method on the chosen leaves, at their initial values."""
-    rules = build_rules(options)
+def build_adapted(
+    model: models.LoadedModel,
+    options: MethodOptions,
+    seed: int,
+    start: Path | None = None,
+    calibrate: Callable | None = None,
+) -> "jlora.Adapted":
+    """The model's parameters with the chosen method on the chosen leaves, at their initial values: those in the file
+    ``start``, where there is one; else from what ``calibrate(rules, traced)`` finds, where they are from data."""
+    rules, traced = build_rules(options), _traced(model)
     with user_errors():
-        adapted = jlora.adapt(model.params, rules, key=jax.random.key(seed), **_traced(model))
+        if start is not None and start.exists():
+            adapted = starts.load(start, model, rules, traced, seed)
+        else:
+            stats = None if calibrate is None else calibrate(rules, traced)
+            adapted = jlora.adapt(model.params, rules, key=jax.random.key(seed), stats=stats, **traced)
     # Full() may hand out the base's own buffers, and training donates what it trains.
     return adapted.replace(trainable=jax.tree.map(jnp.copy, adapted.trainable))
 
@@ -141,16 +173,6 @@ def data_spec(options: DataOptions, seed: int) -> data.DataSpec:
     )
 
 
-def load_data(
-    options: DataOptions, model: models.LoadedModel, *, seed: int, max_new_tokens: int, limit: int | None
-) -> tuple[data.Encoded, HeldOut]:
-    """Training rows and held-out data; `options` have been resolved."""
-    with user_errors():
-        train, held_out = data.load_examples(data_spec(options, seed))
-        rows = data.encode(train, model.tokenizer, options.max_length, options.packing)
-    return rows, prepare_held_out(held_out, options, model, max_new_tokens, limit)
-
-
 def prepare_held_out(
     examples: list[data.Example],
     options: DataOptions,
@@ -161,19 +183,31 @@ def prepare_held_out(
     """Encode held-out examples, and choose what to decode: each distinct prompt, or beginnings of plain text."""
     tokenizer = model.tokenizer
     with user_errors():
+        examples = render(examples, options, model)
         rows = data.encode(examples, tokenizer, options.max_length, options.packing)
-    rows = dataclasses.replace(rows, **{name: getattr(rows, name)[:limit] for name in BATCH_FIELDS})
+    rows = dataclasses.replace(rows, **{name: values[:limit] for name, values in rows.fields.items()})
     room = model.config.max_positions - max_new_tokens
     grouped = [(prompt, references) for prompt, references in data.references(examples) if prompt][:limit]
     if grouped:
-        ids = [prompt_ids(prompt, model) for prompt, _ in grouped]
+        dialogues = {e.prompt for e in examples if isinstance(e, chat.Dialogue)}
+        ids = [tokenizer.encode(p) if p in dialogues else prompt_ids(p, model) for p, _ in grouped]
         fits = [i for i in range(len(ids)) if len(ids[i]) <= room]
         return HeldOut(rows, [grouped[i][0] for i in fits], [ids[i] for i in fits], [grouped[i][1] for i in fits])
     ids = [row[: min(_PROMPT_TOKENS, room)].tolist() for row in rows.ids]
     return HeldOut(rows, [tokenizer.decode(row) for row in ids], ids, None)
 
 
-BATCH_FIELDS = ("ids", "mask", "positions", "segment_ids")
+def render(examples: Sequence[Any], options: DataOptions, model: models.LoadedModel) -> Sequence[Any]:
+    """Conversations, and with --chat-template auto prompts and completions, as the text of the model's template."""
+    return chat.rendered(examples, model.tokenizer, model.name, pairs=options.chat_template == "auto")
+
+
+def asked(prompts: Sequence[str], options: DataOptions, model: models.LoadedModel) -> list[list[int]]:
+    """Token ids of prompts that somebody types: as they are, or with --chat-template auto as what a user says."""
+    if options.chat_template == "none":
+        return [prompt_ids(prompt, model) for prompt in prompts]
+    template = chat.ChatTemplate(model.tokenizer, model.name)
+    return [model.tokenizer.encode(template.prompt(prompt)) for prompt in prompts]
 
 
 def prompt_ids(text: str, model: models.LoadedModel) -> list[int]:
@@ -184,9 +218,10 @@ def prompt_ids(text: str, model: models.LoadedModel) -> list[int]:
 
 def initial_state(config: FinetuneConfig, adapted: "jlora.Adapted") -> TrainState:
     """Step 0. The key is apart from the one that initialized the adapter."""
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, config.train.steps))
     key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
-    return TrainState(0, adapted.trainable, optimizer.init(adapted.trainable), key)
+    with user_errors():
+        return TrainState(0, adapted.trainable, optimizer.init(adapted.trainable), key)
 
 
 def abstract_arrays(config: FinetuneConfig, adapted: "jlora.Adapted") -> PyTree:
@@ -218,8 +253,8 @@ class Source:
         return self.model.params if self.adapted is None else self.adapted.bind()
 
 
-def load_source(options: SourceOptions) -> Source:
-    """The model that `--run`, `--model` and `--adapter` name."""
+def load_source(options: SourceOptions, labels: Sequence[str] = ()) -> Source:
+    """The model that `--run`, `--model` and `--adapter` name; with a head for `labels` where no run knows better."""
     config = run = None
     adapter = options.adapter
     if options.run is not None:
@@ -227,13 +262,13 @@ def load_source(options: SourceOptions) -> Source:
         config = read_run_config(run)
         if adapter is None and run.adapter.is_dir():
             adapter = run.adapter
-    name = options.model or (config.model.model if config else None)
-    if name is None and adapter is not None:
-        name = _base_of_adapter(adapter)
+    name = options.model or (config.model.model if config else base_name(options))
     model = load_model(
-        name or models.BUNDLED,
+        name,
         options.bf16 or bool(config and config.model.bf16),
         quantize=config.model.quantize if config else "none",
+        labels=config.data.labels if config else labels,
+        seed=config.train.seed if config else 0,
     )
     if adapter is not None:
         with user_errors():
@@ -246,6 +281,11 @@ def load_source(options: SourceOptions) -> Source:
         name = f"{model.name} with step {step} of {run.path}"
         return Source(model, adapted, jlora.lift(model.module.apply), name, config)
     return Source(model, None, model.module.apply, model.name)
+
+
+def base_name(options: SourceOptions) -> str:
+    """The model that options without a run name."""
+    return options.model or (models.BUNDLED if options.adapter is None else _base_of_adapter(options.adapter))
 
 
 def _base_of_adapter(adapter: Path) -> str:
@@ -261,7 +301,7 @@ def load_checkpoint(
     run: RunDirectory, config: FinetuneConfig, model: models.LoadedModel, step: str = "latest"
 ) -> tuple["jlora.Adapted", int]:
     """The adapter of a run as of a checkpoint: "latest", "best" or a step number."""
-    adapted = build_adapted(model, config.method, config.train.seed)
+    adapted = build_adapted(model, config.method, config.train.seed, run.start)
     if not run.checkpoints.is_dir():
         raise UserError(f"{run.path} has no checkpoints yet")
     checkpoints = Checkpoints(run.checkpoints, keep=config.run.keep, identity=base_identity(adapted), read_only=True)

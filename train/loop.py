@@ -19,9 +19,9 @@ from jaxtyping import PyTree
 
 from jlora.train import data
 from jlora.train.checkpoint import Checkpoints
-from jlora.train.config import OptimizerOptions, RunError, UserError
-from jlora.train.metrics import perplexity, token_nll
-from jlora.train.report import Reporter
+from jlora.train.config import RunError, UserError
+from jlora.train.metrics import next_token_loss
+from jlora.train.report import Reporter, figures_line
 from jlora.train.run import RunDirectory
 
 
@@ -32,52 +32,32 @@ class Interrupted(Exception):
         self.signum, self.step = signum, step
 
 
-def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
-    """0 -> peak over the warm-up, then constant, or by a line or half cosine to final_fraction * peak at `steps`."""
-    peak, warmup = options.learning_rate, options.warmup_steps
-    rest = steps - warmup
-    after = {
-        "constant": lambda: optax.constant_schedule(peak),
-        "linear": lambda: optax.linear_schedule(peak, peak * options.final_fraction, rest),
-        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=options.final_fraction),
-    }[options.schedule]()
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
-
-
-def make_optimizer(options: OptimizerOptions, steps: int) -> optax.GradientTransformation:
-    """Clip by the global norm, then the optimizer at the scheduled rate."""
-    rate, decay = learning_rate_schedule(options, steps), options.weight_decay
-    optimizer = {
-        "adamw": lambda: optax.adamw(rate, options.beta1, options.beta2, weight_decay=decay),
-        "lion": lambda: optax.lion(rate, options.beta1, options.beta2, weight_decay=decay),
-        "adafactor": lambda: optax.adafactor(rate, weight_decay_rate=decay or None),
-        "sgd": lambda: optax.sgd(rate, momentum=options.beta1 or None),
-    }[options.optimizer]()
-    return optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer) if options.clip_norm else optimizer
-
-
-def make_train_step(apply: Callable, optimizer: optax.GradientTransformation) -> Callable:
+def make_train_step(
+    apply: Callable, optimizer: optax.GradientTransformation, loss: Callable = next_token_loss
+) -> Callable:
     """The compiled step: (trainable, opt_state, fixed, batch, key, step) -> (trainable, opt_state, metrics).
 
-    `fixed` is the Adapted without its trainable part; `batch` holds [k, b, t] arrays for k accumulated passes. The loss
-    is the mean over all scored tokens of all passes, hence the same as that of one pass over k * b rows.
+    `fixed` is the Adapted without its trainable part; `batch` holds [k, b, ...] arrays for k accumulated passes.
+    `loss(call, batch, key)` gives the summed loss of a pass and what to divide it by, such as the scored tokens; `call`
+    is the model with its parameters bound. The loss of a step is the quotient of the sums over all passes, hence the
+    same as that of one pass over k * b rows.
     """
 
-    def negative_log_likelihood(trainable, fixed, batch, key):
+    def summed_loss(trainable, fixed, batch, key):
         params = fixed.bind(trainable, context={"key": key})
-        logits = apply({"params": params}, batch["ids"], batch["positions"], batch["segment_ids"])
-        return token_nll(logits, batch["ids"], batch["mask"])
+        return loss(lambda *inputs: apply({"params": params}, *inputs), batch, key)
 
-    value_and_grad = jax.value_and_grad(negative_log_likelihood, has_aux=True)
+    value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
     def step_fn(trainable, opt_state, fixed, batch, key, step):
-        keys = jax.random.split(jax.random.fold_in(key, step), batch["ids"].shape[0])
+        passes = batch["mask"].shape[0]
+        keys = jax.random.split(jax.random.fold_in(key, step), passes)
 
         def one_pass(sums, part):
             (nll, tokens), grads = value_and_grad(trainable, fixed, *part)
             return jax.tree.map(jnp.add, sums, (nll, tokens, grads)), None
 
-        if batch["ids"].shape[0] == 1:
+        if passes == 1:
             first = jax.tree.map(lambda x: x[0], (batch, keys))
             (nll, tokens), grads = value_and_grad(trainable, fixed, *first)
         else:
@@ -98,8 +78,7 @@ def make_eval_step(apply: Callable, bind: bool = True) -> Callable:
     @jax.jit
     def eval_step(adapted, batch):
         params = adapted.bind() if bind else adapted
-        logits = apply({"params": params}, batch["ids"], batch["positions"], batch["segment_ids"])
-        return token_nll(logits, batch["ids"], batch["mask"])
+        return next_token_loss(lambda *inputs: apply({"params": params}, *inputs), batch)
 
     return eval_step
 
@@ -177,7 +156,8 @@ class Loop:
 
     fixed: PyTree  # Adapted with an empty trainable part
     train_step: Callable
-    evaluate: Callable[[PyTree], float]  # trainable -> held-out nll; polls `signals`
+    task: Any  # of jlora.train.tasks
+    evaluate: Callable[[PyTree], dict[str, Any]]  # trainable -> held-out figures; polls `signals`
     schedule: optax.Schedule
     batches: Iterator[dict[str, np.ndarray]]  # of data.batches
     accumulation: int
@@ -207,7 +187,7 @@ class Loop:
     def _advance(self, state: TrainState) -> TrainState:
         step = state.step + 1
         parts = [next(self.batches) for _ in range(self.accumulation)]
-        batch = jax.tree.map(lambda *arrays: np.stack(arrays), *parts)
+        batch = self.task.trim(jax.tree.map(lambda *arrays: np.stack(arrays), *parts))
         trainable, opt_state, metrics = self.train_step(
             state.trainable, state.opt_state, self.fixed, batch, state.key, np.int32(step)
         )
@@ -215,9 +195,9 @@ class Loop:
         if self._clock is None:
             jax.block_until_ready(metrics)
             self.reporter.start(step, self.steps)
-            self._clock, self._tokens = time.monotonic(), 0
+            self._clock, self._units = time.monotonic(), 0
         else:
-            self._tokens += np.count_nonzero(batch["segment_ids"])
+            self._units += self.task.size(batch)
         self._window.append((step, metrics))
         # Look one step back, so that the device is never idle while the host waits for a number.
         self._check_finite(self._window[-2:-1])
@@ -245,17 +225,17 @@ class Loop:
         seconds = time.monotonic() - self._clock
         losses, norms = ([float(m[name]) for _, m in self._window] for name in ("loss", "grad_norm"))
         step = self._window[-1][0]
-        loss, speed = sum(losses) / len(losses), self._tokens / seconds if self._tokens else None
+        loss, speed = sum(losses) / len(losses), self._units / seconds if self._units else None
         record = {
             "step": step,
             "loss": loss,
             "grad_norm": sum(norms) / len(norms),
             "learning_rate": float(self.schedule(step - 1)),
-            "tokens_per_second": speed and round(speed, 1),
+            f"{self.task.unit}_per_second": speed and round(speed, 1),
         }
         self.run.append_metrics(record)
         self.reporter.update(step, loss, speed)
-        self._window, self._tokens, self._clock = [], 0, time.monotonic()
+        self._window, self._units, self._clock = [], 0, time.monotonic()
 
     def _check_finite(self, window: list[tuple[int, PyTree]]) -> None:
         for step, metrics in window:
@@ -269,12 +249,12 @@ class Loop:
 
     def _evaluate(self, state: TrainState) -> float | None:
         try:
-            nll = self.evaluate(state.trainable)
+            figures = self.evaluate(state.trainable)
         except StopRequested:
             return None
-        self.run.append_metrics({"step": state.step, "eval_nll": nll, "perplexity": perplexity(nll)})
-        self.reporter.say(f"step {state.step}: held-out loss {nll:.3f}, perplexity {perplexity(nll):.2f}")
-        return nll
+        self.run.append_metrics({"step": state.step, **figures})
+        self.reporter.say(f"step {state.step}: {figures_line(figures)}")
+        return figures[self.task.loss_key]
 
 
 def _due(step: int, every: int) -> bool:

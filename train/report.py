@@ -1,21 +1,34 @@
 """What the user sees of a run: progress while it goes, loss.png and README.md after it."""
 
+import dataclasses
 import io
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    track,
+)
 
+from jlora.train.models.packaged import hub_name
 from jlora.train.run import RunDirectory, write_file
 
 
 class Reporter:
     """Training progress: a live bar with loss, tokens/s and remaining time on a terminal, plain lines elsewhere."""
+
+    unit = "tokens"
+    """What speed is counted in."""
 
     def __init__(self, console: Console | None = None):
         # highlight and markup off: texts of the data may hold anything, brackets included
@@ -25,6 +38,13 @@ class Reporter:
     def say(self, text: str = "") -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def track(self, batches: Sequence, what: str) -> Iterable:
+        """The batches, with a bar on a terminal and a line elsewhere."""
+        if self.console.is_terminal:
+            return track(batches, what, console=self.console, transient=True)
+        self.say(f"{what}: {len(batches)} batches")
+        return batches
+
     def start(self, step: int, total: int) -> None:
         """Begin at `step` of `total` steps."""
         self._first, self._total, self._began = step, total, time.monotonic()
@@ -33,7 +53,7 @@ class Reporter:
                 TextColumn("training"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} tokens/s"),
+                TextColumn("loss {task.fields[loss]}  {task.fields[speed]} " + self.unit + "/s"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self.console,
@@ -54,7 +74,8 @@ class Reporter:
         else:
             remaining = (time.monotonic() - self._began) / max(step - self._first, 1) * (self._total - step)
             width = len(str(self._total))
-            self.say(f"step {step:{width}}/{self._total}  loss {loss:.3f}  {speed} tokens/s  eta {_clock(remaining)}")
+            speed = f"{speed} {self.unit}/s"
+            self.say(f"step {step:{width}}/{self._total}  loss {loss:.3f}  {speed}  eta {_clock(remaining)}")
 
     def stop(self) -> None:
         if self._progress is not None:
@@ -68,14 +89,14 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def plot_losses(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+def plot_losses(records: Sequence[dict[str, Any]], path: Path, title: str, unit: str = "nats per token") -> None:
     """Training loss (mean over each logged interval) and held-out loss over optimizer steps, as a PNG."""
     from matplotlib.figure import Figure  # without pyplot: no backend to choose, no global state
 
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     trained = [(record["step"], float(record["loss"])) for record in records if "loss" in record]
-    held_out = [(record["step"], float(record["eval_nll"])) for record in records if "eval_nll" in record]
+    held_out = [(record["step"], found) for record in records if (found := held_out_loss(record)) is not None]
     if trained:
         axes.plot(*zip(*trained, strict=True), color="tab:blue", linewidth=1.4, label="training")
     if held_out:
@@ -86,7 +107,7 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path, title: str) -> No
                 f"{loss:.2f}", (step, loss), xytext=(8 if left else -2, 6 if left else 8), textcoords="offset points",
                 ha="left" if left else "right", color="tab:orange",
             )  # fmt: skip
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=title)
+    axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})", title=title)
     finite = [loss for _, loss in trained + held_out if math.isfinite(loss)]
     axes.set_ylim(0, 1.12 * max(finite, default=1.0))
     axes.grid(alpha=0.3)
@@ -97,23 +118,48 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path, title: str) -> No
     write_file(path, buffer.getvalue())
 
 
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """How a figure of results.json is shown: in a line, in a table, and with how many digits."""
+
+    short: str
+    long: str
+    digits: str
+
+
+FIGURES = {
+    "eval_nll": Figure("held-out loss", "held-out loss (nats/token)", ".3f"),
+    "eval_loss": Figure("held-out loss", "held-out loss", ".3f"),
+    "perplexity": Figure("perplexity", "held-out perplexity", ".2f"),
+    "accuracy": Figure("accuracy", "accuracy", ".4f"),
+    "f1": Figure("F1", "F1", ".4f"),
+    "matthews": Figure("Matthews", "Matthews' correlation", ".4f"),
+    "pearson": Figure("Pearson", "Pearson's correlation", ".4f"),
+    "spearman": Figure("Spearman", "Spearman's correlation", ".4f"),
+    "bleu": Figure("BLEU", "corpus BLEU", ".1f"),
+    "rouge1": Figure("ROUGE-1", "ROUGE-1 (F1)", ".1f"),
+    "rouge2": Figure("ROUGE-2", "ROUGE-2 (F1)", ".1f"),
+    "rougeL": Figure("ROUGE-L", "ROUGE-L (F1)", ".1f"),
+    "exact_match": Figure("exact match", "exact match", ".4f"),
+}
+
+
+def held_out_loss(figures: dict[str, Any]) -> float | None:
+    """The held-out loss of a record of metrics.jsonl, whatever the task; None where it has none."""
+    found = figures.get("eval_nll", figures.get("eval_loss"))
+    return None if found is None else float(found)
+
+
 def figures_line(figures: dict[str, Any]) -> str:
     """Held-out figures in a line."""
-    parts = [f"held-out loss {float(figures['eval_nll']):.3f}", f"perplexity {float(figures['perplexity']):.2f}"]
-    if "bleu" in figures:
-        parts.append(f"BLEU {figures['bleu']:.1f}")
-    return ", ".join(parts)
+    shown = [(figure, float(figures[name])) for name, figure in FIGURES.items() if name in figures]
+    return ", ".join(f"{figure.short} {value:{figure.digits}}" for figure, value in shown)
 
 
 def figures_table(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Rows (figure, before, after) for the terminal and the run's README."""
-    rows = [
-        ("held-out loss (nats/token)", f"{float(before['eval_nll']):.3f}", f"{float(after['eval_nll']):.3f}"),
-        ("held-out perplexity", f"{float(before['perplexity']):.2f}", f"{float(after['perplexity']):.2f}"),
-    ]
-    if "bleu" in after:
-        rows.append(("corpus BLEU", f"{before['bleu']:.1f}", f"{after['bleu']:.1f}"))
-    return rows
+    shown = [(name, figure) for name, figure in FIGURES.items() if name in after]
+    return [(f.long, *(f"{float(each[name]):{f.digits}}" for each in (before, after))) for name, f in shown]
 
 
 def one_line(text: str, width: int = 300) -> str:
@@ -122,7 +168,7 @@ def one_line(text: str, width: int = 300) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def run_readme(run: RunDirectory, config: dict[str, Any], results: dict[str, Any]) -> str:
+def run_readme(run: RunDirectory, config: dict[str, Any], results: dict[str, Any], task: Any, data: Any) -> str:
     """README.md of a run: what was run, what came out, how to load it."""
     options, summary = config["options"], config["summary"]
     rows = "\n".join(f"| {name} | {b} | {a} |" for name, b, a in figures_table(results["before"], results["after"]))
@@ -152,20 +198,24 @@ def run_readme(run: RunDirectory, config: dict[str, Any], results: dict[str, Any
         for sample in results["samples"]:
             lines += [
                 f"- `{one_line(sample['prompt'])}`",
+                *([f"  - label: {one_line(sample['label'])}"] if "label" in sample else []),
                 f"  - before: {one_line(sample['before'])}",
                 f"  - after: {one_line(sample['after'])}",
             ]
         lines.append("")
     if run.adapter.exists():
-        lines += _loading(model, options["model"].get("quantize", "none"))
+        quantize = options["model"].get("quantize", "none")
+        lines += _loading(model, quantize, task.auto_class, task.inputs, *task.head(data))
     else:
         lines += ["The trained model as a plain directory: `jlora merge --run . --out DIRECTORY`", ""]
     lines += ["All options, also those left at their default: config.json. Figures: results.json, metrics.jsonl.", ""]
     return "\n".join(lines)
 
 
-def _loading(model: str, quantize: str) -> list[str]:
-    load = f'models.load("{model}")' if quantize == "none" else f'loading.load_model("{model}", quantize="{quantize}")'
+def _loading(model: str, quantize: str, auto_class: str, inputs: str, ours: str, theirs: str) -> list[str]:
+    load = f'models.load("{model}"{ours})'
+    if quantize != "none":
+        load = f'loading.load_model("{model}", quantize="{quantize}"{ours})'
     export = (
         ["The base in Hugging Face layout, for PEFT: `jlora merge --model stories260k --out stories260k`", ""]
         if model == "stories260k"
@@ -182,15 +232,15 @@ def _loading(model: str, quantize: str) -> list[str]:
         f"base = {load}",
         'adapted = load_peft("adapter", base.params)',
         "apply = jlora.lift(base.module.apply)",
-        'logits = apply({"params": adapted.bind()}, ids)',
+        f'logits = apply({{"params": adapted.bind()}}, {inputs})',
         "```",
         "",
         *export,
         "```python",
         "from peft import PeftModel",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {auto_class}",
         "",
-        f'model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "adapter")',
+        f'model = PeftModel.from_pretrained({auto_class}.from_pretrained("{hub_name(model)}"{theirs}), "adapter")',
         "```",
         "",
     ]

@@ -4,6 +4,8 @@ config.json     every option, with the values that "default" came to
 metrics.jsonl   one JSON object per line: {"step", "loss", ...} while training, {"step", "eval_nll", ...} held out
 results.json    figures and samples before and after
 completions.jsonl   every held-out prompt with its completion before and after, and its references
+predictions.jsonl   instead, for classification and regression: what was held out, its label, what was predicted
+start.npz       where the adapters started, with `--init`
 loss.png        training and held-out loss over steps
 checkpoints/    the newest and the best training states (orbax)
 adapter/        the adapter in PEFT format
@@ -87,8 +89,8 @@ class RunDirectory:
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.results = path / "results.json"
-        self.completions = path / "completions.jsonl"
         self.plot = path / "loss.png"
+        self.start = path / "start.npz"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
         self.readme = path / "README.md"
@@ -153,14 +155,6 @@ class RunDirectory:
             kept = [record for record in self.read_metrics() if record["step"] <= step]
             write_file(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def write_completions(
-        self, prompts: list[str], before: list[str], after: list[str], references: list[list[str]] | None
-    ) -> None:
-        """What BLEU was computed from, one prompt a line."""
-        lines = []
-        for i, (old, new) in enumerate(zip(before, after, strict=True)):
-            record = {"prompt": prompts[i], "before": old, "after": new}
-            if references is not None:
-                record["references"] = references[i]
-            lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        write_file(self.completions, "".join(lines))
+    def write_records(self, name: str, records: list[dict[str, Any]]) -> None:
+        """The answers that figures were computed from, one a line."""
+        write_file(self.path / name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

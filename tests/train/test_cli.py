@@ -13,9 +13,13 @@ from safetensors.numpy import load_file, save_file
 from jlora.train import models
 from jlora.train.cli import main
 from jlora.train.config import FinetuneConfig, OptimizerOptions, RunOptions, from_dict, to_dict
-from jlora.train.loop import learning_rate_schedule
+from jlora.train.optimizers import learning_rate_schedule
 
-COMMANDS = ("finetune", "generate", "evaluate", "merge", "inspect", "convert")
+pytestmark = pytest.mark.optimized
+
+COMMANDS = (
+    "finetune", "generate", "evaluate", "merge", "inspect", "convert", "compare", "methods", "models", "targets",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +176,9 @@ BAD_OPTIONS = {
     "longer than the model": (["--max-length", "513"], "512"),
     "warm-up longer than the run": (["--steps", "5", "--warmup-steps", "5"], "--warmup-steps"),
     "not a run": (["--resume", "."], "config.json"),
+    "no pairs for the optimizer": (["--method", "full", "--optimizer", "lora_pro"], "finds no pair of factors"),
+    "nothing to project": (["--optimizer", "galore"], "rank"),
+    "option of another optimizer": (["--optimizer", "lion", "--optimizer-options", "rank=4"], "no option 'rank'"),
 }
 BAD_FILES = {
     "column missing": ("data.jsonl", b'{"txt": "a"}\n', "txt"),

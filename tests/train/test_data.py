@@ -92,7 +92,7 @@ def test_text_file_holds_out_its_end(tmp_path):
         ("a.jsonl", "[1]", "line 1: a list, wanted an object"),
         ("a.jsonl", '{"text": 3}', "line 1: column 'text' is 3, wanted text"),
         ("a.jsonl", '{"question": "a", "prompt": "b"}', r"found \['question', 'prompt'\]. Name yours with text_column"),
-        ("a.csv", "mr,ref\na,b\n", r"no column 'text', nor both 'prompt' and 'completion'; found \['mr', 'ref'\]"),
+        ("a.csv", "mr,ref\na,b\n", r"nor both 'prompt' and 'completion', nor 'messages'; found \['mr', 'ref'\]"),
         ("a.tsv", "text\tlabel\na\tb\nc\n", r"line 3: 1 columns, but the header has 2: \['text', 'label'\]"),
         ("a.txt.gz", None, "not a whole gzip file"),
         ("a.txt", "a", "1 characters are too few to hold out 10%"),

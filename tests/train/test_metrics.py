@@ -2,7 +2,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.train.metrics import corpus_bleu, perplexity, token_nll
+from jlora.train.metrics import (
+    check_metrics,
+    corpus_bleu,
+    exact_match,
+    perplexity,
+    rouge,
+    text_scores,
+    token_nll,
+)
 
 
 def test_token_nll_is_the_sum_over_scored_tokens():
@@ -36,3 +44,28 @@ def test_bleu_takes_a_varying_number_of_references():
     assert "nrefs:var" in signature
     worse, _ = corpus_bleu(texts, [["no match here"], [texts[1]]])
     assert worse < score
+
+
+def test_exact_match_is_that_of_final_answers():
+    marked = ["8 x 150 = 1200\n#### 1,200"]
+    right = ["so #### 1200", "####1,200\nand more", "a #### 7 b #### $1200.", "#### 1200 eggs"]
+    wrong = ["1200", "#### 120", "#### ", "#### twelve", "#### 1200.5", "#### -1200"]
+    assert exact_match(right, [marked] * 4) == 1.0
+    assert exact_match(wrong, [marked] * 6) == 0.0
+    assert exact_match([" Paris ", "paris"], [["London", "Paris"]] * 2) == 0.5
+    assert text_scores(("exact-match",), right + wrong, [marked] * 10) == {"exact_match": 0.4}
+
+
+def test_rouge_takes_the_reference_that_fits_best():
+    pytest.importorskip("rouge_score")
+    texts, references = ["the cats sat", "a dog"], [["nothing", "the cat sat on it"], ["a dog"]]
+    # 3 of 3 and 3 of 5 words, 2 of 2 and 2 of 4 pairs, when "cats" is taken for "cat"; the second text is its reference
+    want = {"rouge1": (2 * 0.6 / 1.6 + 1) / 2, "rouge2": (2 * 0.5 / 1.5 + 1) / 2, "rougeL": (2 * 0.6 / 1.6 + 1) / 2}
+    assert rouge(texts, references) == pytest.approx({name: 100 * value for name, value in want.items()})
+
+
+def test_missing_rouge_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'jlora\[rouge\]'"):
+        check_metrics(["bleu", "rouge"])
+    check_metrics(["bleu"])

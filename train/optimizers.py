@@ -1,0 +1,93 @@
+"""The optimizers of the command line: those of optax, and those of jlora.optim around AdamW or by themselves."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from jlora import optim
+from jlora.train.config import OptimizerOptions, UserError, literal_options
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How one of them is made: ``make(adamw, **options)`` around AdamW, else ``make(rate, **options)``."""
+
+    make: Callable[..., optax.GradientTransformation]
+    around_adamw: bool = False
+
+
+def _adafactor(rate: Any, weight_decay: float = 0.0, **options: Any) -> optax.GradientTransformation:
+    return optax.adafactor(rate, weight_decay_rate=weight_decay or None, **options)
+
+
+def _sgd(rate: Any, b1: float = 0.9, nesterov: bool = False) -> optax.GradientTransformation:
+    return optax.sgd(rate, momentum=b1 or None, nesterov=nesterov)
+
+
+OPTIMIZERS = {
+    "adamw": Kind(optax.adamw),
+    "adafactor": Kind(_adafactor),
+    "lion": Kind(optax.lion),
+    "sgd": Kind(_sgd),
+    # Of pairs of factors.
+    "lora_plus": Kind(optim.lora_plus, around_adamw=True),
+    "lora_pro": Kind(optim.lora_pro, around_adamw=True),
+    "lora_pro_full": Kind(optim.lora_pro_full, around_adamw=True),
+    "altlora": Kind(optim.altlora),
+    "altlora_plus": Kind(optim.altlora_plus),
+    "allora_approx": Kind(optim.allora_approx, around_adamw=True),
+    "scaled_gd": Kind(optim.scaled_gd),
+    "scaled_adam": Kind(optim.scaled_adam),
+    "lora_rite": Kind(optim.lora_rite),
+    "lora_fa": Kind(optim.lora_fa, around_adamw=True),
+    "ffa": Kind(optim.ffa, around_adamw=True),
+    # Of projected gradients.
+    "galore": Kind(optim.galore, around_adamw=True),
+    "fira": Kind(optim.fira),
+    "apollo": Kind(optim.apollo),
+    "dct": Kind(optim.dct, around_adamw=True),
+}
+
+
+def learning_rate_schedule(options: OptimizerOptions, steps: int) -> optax.Schedule:
+    """0 -> peak over the warm-up, then constant, or by a line or half cosine to final_fraction * peak at `steps`."""
+    peak, warmup = options.learning_rate, options.warmup_steps
+    rest = steps - warmup
+    after = {
+        "constant": lambda: optax.constant_schedule(peak),
+        "linear": lambda: optax.linear_schedule(peak, peak * options.final_fraction, rest),
+        "cosine": lambda: optax.cosine_decay_schedule(peak, rest, alpha=options.final_fraction),
+    }[options.schedule]()
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup]) if warmup else after
+
+
+def make_optimizer(options: OptimizerOptions, rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+    """Clip by the global norm, then the optimizer; an option it does not have is an error."""
+    kind = OPTIMIZERS[options.optimizer]
+    common = {"b1": options.beta1, "b2": options.beta2, "weight_decay": options.weight_decay}
+    known = list(inspect.signature(kind.make).parameters)[1:]
+    own = [name for name in known if name not in (*common, "options")]
+    given = literal_options("--optimizer-options", options.optimizer_options)
+    for name in given:
+        if name not in own:
+            raise UserError(
+                f"--optimizer {options.optimizer} has no option {name!r} for --optimizer-options: "
+                f"it has {', '.join(own) or 'none'}"
+            )
+    if kind.around_adamw:
+        first = optax.adamw(rate, **common)
+    else:
+        first = rate
+        if options.weight_decay and "weight_decay" not in known:
+            raise UserError(
+                f"--weight-decay is not available for --optimizer {options.optimizer}: leave it at 0 or take adamw"
+            )
+        given |= {name: value for name, value in common.items() if name in known}
+    try:
+        optimizer = kind.make(first, **given)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"--optimizer {options.optimizer}: {error}") from error
+    return optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer) if options.clip_norm else optimizer
