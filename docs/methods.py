@@ -1,4 +1,5 @@
-"""The pages of the methods, `docs/methods/*.md`, from the docstrings: one for each file of jlora/methods, and an index.
+"""The pages of the methods, `docs/methods/*.md`, from the docstrings: one for each file of jlora/methods, one of the
+starts in jlora/init, and an index.
 
     python docs/methods.py            # writes docs/methods/
     python docs/methods.py --out DIRECTORY
@@ -17,12 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jlora import init
 from jlora.methods import METHODS, Method
+from jlora.train.inform import form, merges, shares
 
 OUT = Path(__file__).parent / "methods"
 
 
-# What the docstrings are written in: paragraphs, lists, `.. math::`, simple tables, literal blocks after `::`.
+# What the docstrings are written in: paragraphs, lists, `.. math::`, simple tables, literal blocks after `::`, `>>>`.
 
 
 def markdown(text: str) -> str:
@@ -30,7 +33,7 @@ def markdown(text: str) -> str:
     text = re.sub(r"``[^`]+``", lambda code: re.sub(r"\s*\n\s*", " ", code[0]), text)  # code across lines
     lines, out, i = text.splitlines(), [], 0
     in_list = False
-    plain = lambda line: "*   " + _inline(line[2:]) if line.startswith("* ") else prefix + _inline(line.strip())
+    plain = lambda line: "*   " + inline(line[2:]) if line.startswith("* ") else prefix + inline(line.strip())
     while i < len(lines):
         line = lines[i]
         indent = len(line) - len(line.lstrip())
@@ -45,11 +48,17 @@ def markdown(text: str) -> str:
         if math := re.match(r" *\.\. math::(.*)", line):
             body, i = _indented(lines, i + 1, indent + 1, paragraphs=False)
             formula = [part for part in (math[1].strip(), *(part.strip() for part in body)) if part]
+            if any("&" in part for part in formula):
+                formula = [r"\begin{aligned}", *formula, r"\end{aligned}"]
             out += ["", *(prefix + part for part in ("$$", *formula, "$$")), ""]
         elif re.fullmatch(r"=+( +=+)+", line):
             end = [j for j in range(i, len(lines)) if re.fullmatch(r"=+( +=+)+", lines[j])][2]
             out += ["", *_table(lines[i : end + 1]), ""]
             i = end + 1
+        elif line.startswith(">>> "):
+            end = next((j for j in range(i, len(lines)) if not lines[j].startswith((">>> ", "... "))), len(lines))
+            out += ["", "```python", *(part[4:] for part in lines[i:end]), "```", ""]
+            i = end
         elif line.rstrip().endswith("::"):
             body, i = _indented(lines, i + 1, indent + (3 if line.startswith("* ") else 1), paragraphs=True)
             cut = min((len(part) - len(part.lstrip()) for part in body if part), default=0)
@@ -88,21 +97,21 @@ def _table(lines: list[str]) -> list[str]:
             rows[-1] = [" ".join(filter(None, pair)) for pair in zip(rows[-1], cells, strict=True)]
         else:
             rows.append(cells)
-    shown = [_row(map(_inline, row)) for row in rows]
-    return [shown[0], _row("---" for _ in starts), *shown[1:]]
+    shown = [table_row(map(inline, row)) for row in rows]
+    return [shown[0], table_row("---" for _ in starts), *shown[1:]]
 
 
-def _row(cells: Any) -> str:
+def table_row(cells: Any) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _inline(text: str) -> str:
+def inline(text: str) -> str:
     """``code`` and addresses; what Markdown would take for emphasis is escaped."""
     parts = re.split(r"(``[^`]+``|https?://[^\s)]+)", text)
     return "".join(
         part[1:-1] if part.startswith("``")
         else f"<{part.rstrip('.,')}>{part[len(part.rstrip('.,')):]}" if part.startswith("http")
-        else re.sub(r"([_*<])", r"\\\1", part)
+        else re.sub(r"([_*])", r"\\\1", part).replace("<", "&lt;")
         for part in parts
     )  # fmt: skip
 
@@ -141,12 +150,6 @@ def about(cls: type[Method]) -> str:
     return re.split(r"^(?:Class a|A)ttributes:$", doc, maxsplit=1, flags=re.MULTILINE)[0].strip()
 
 
-def merges(cls: type[Method]) -> str:
-    if isinstance(cls.mergeable, property):
-        return "it depends on the options"
-    return "yes" if cls.mergeable else "no"
-
-
 GROUPS = {
     "pairs": "Low-rank pairs beside a weight",
     "shared": "Parameters shared by several weights",
@@ -158,14 +161,9 @@ GROUPS = {
 
 def group(cls: type[Method]) -> str:
     """Where in the index a method belongs, by what it is."""
-    if cls.whole_leaf:
-        return "leaves"
-    if cls.mergeable is False:
-        return "activations"
-    if any(field.name == "group" and field.default is not None for field in dataclasses.fields(cls)):
-        return "shared"
-    plain = cls.factors is not Method.factors and cls.output_gain is Method.output_gain
-    return "pairs" if plain else "weights"
+    kind = form(cls)
+    own = {"leaf": "leaves", "activations": "activations"}.get(kind)
+    return own or ("shared" if shares(cls) else f"{kind}s")
 
 
 def files() -> dict[str, list[tuple[str, type[Method]]]]:
@@ -190,14 +188,15 @@ def page(stem: str, methods: list[tuple[str, type[Method]]]) -> str:
     for name, cls in methods:
         out += [f"## `jlora.{cls.__name__}`\n", markdown(about(cls))]
         out.append(f"On the command line `--method {name}`. Merges: {merges(cls)}.\n")
-        rows = [_row((f"`{option}`", default, _inline(meaning))) for option, default, meaning in options(cls)]
+        rows = [table_row((f"`{option}`", default, inline(meaning))) for option, default, meaning in options(cls)]
         if rows:
-            out.append("\n".join([_row(("option", "default", "")), _row(("---",) * 3), *rows]) + "\n")
+            out.append("\n".join([table_row(("option", "default", "")), table_row(("---",) * 3), *rows]) + "\n")
     return "\n".join(out)
 
 
 def index() -> str:
     out = ["# Methods\n", "The formula, the count, the cost of each, and when to use it.\n"]
+    out.append("What LoRA's factors may start at is on [a page of its own](starts.md).\n")
     by_group = {key: [] for key in GROUPS}
     for stem, methods in files().items():
         doc = inspect.getdoc(sys.modules[methods[0][1].__module__]) or ""
@@ -205,22 +204,45 @@ def index() -> str:
             part = list(part)
             names = ", ".join(f"[{cls.__name__}]({stem}.md)" for _, cls in part)
             name, rest = title(doc)
-            by_group[key].append(_row((names, _inline(rest or name), ", ".join(f"`{n}`" for n, _ in part))))
+            by_group[key].append(table_row((names, inline(rest or name), ", ".join(f"`{n}`" for n, _ in part))))
     for key, rows in by_group.items():
         if rows:
             out.append(f"## {GROUPS[key]}\n")
-            out.append("\n".join([_row(("method", "", "`--method`")), _row(("---",) * 3), *rows]) + "\n")
+            out.append("\n".join([table_row(("method", "", "`--method`")), table_row(("---",) * 3), *rows]) + "\n")
+    return "\n".join(out)
+
+
+def starts() -> str:
+    """The page of what LoRA's factors may start at: jlora/init."""
+    out = ["# Starts of LoRA\n", markdown((inspect.getdoc(init) or "").partition("\n\n")[2])]
+    by_file: dict[str, list[tuple[str, type]]] = {}
+    for name, cls in init.STARTS.items():
+        by_file.setdefault(cls.__module__, []).append((name, cls))
+    for module, classes in by_file.items():
+        doc = inspect.getdoc(sys.modules[module]) or ""
+        out += [f"## {inline(title(doc)[0])}\n", markdown(doc)]
+        for name, cls in classes:
+            out += [f"### `jlora.init.{cls.__name__}`\n", markdown(about(cls))]
+            out.append(f"On the command line `--init {name}`.\n")
+            rows = [table_row((f"`{option}`", default, inline(meaning))) for option, default, meaning in options(cls)]
+            if rows:
+                out.append("\n".join([table_row(("option", "default", "")), table_row(("---",) * 3), *rows]) + "\n")
     return "\n".join(out)
 
 
 def pages() -> dict[str, str]:
     """File name -> content."""
-    return {"index.md": index()} | {f"{stem}.md": page(stem, methods) for stem, methods in files().items()}
+    made = {f"{stem}.md": page(stem, methods) for stem, methods in files().items()}
+    return {"index.md": index(), "starts.md": starts()} | made
 
 
 def write(out: Path) -> None:
+    """The pages, into a folder."""
+    write_pages(out, pages())
+
+
+def write_pages(out: Path, wanted: dict[str, str]) -> None:
     """Only what changed, so that a server that watches the folder comes to rest; what is no page any more goes."""
-    wanted = pages()
     out.mkdir(parents=True, exist_ok=True)
     for old in out.glob("*.md"):
         if old.name not in wanted:
@@ -234,6 +256,19 @@ def write(out: Path) -> None:
 def on_pre_build(config: Any) -> None:
     """The hook of mkdocs."""
     write(Path(config["docs_dir"]) / "methods")
+
+
+def on_config(config: Any) -> Any:
+    """All pages below "Methods"."""
+    return list_pages(config, "methods", pages())
+
+
+def list_pages(config: Any, folder: str, wanted: dict[str, str]) -> Any:
+    """In the navigation, all pages of a folder in the place of its index."""
+    entry = f"{folder}/index.md"
+    rest = [f"{folder}/{name}" for name in sorted(wanted) if name != "index.md"]
+    config["nav"] = [{t: [entry, *rest] if x == entry else x for t, x in item.items()} for item in config["nav"]]
+    return config
 
 
 if __name__ == "__main__":

@@ -79,14 +79,20 @@ def x64() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def unoptimized() -> Iterator[None]:
-    """For tests that run each program once, on tiny arrays: what they cost is its compilation."""
+@pytest.fixture(autouse=True)
+def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Most tests run each program once, on tiny arrays: what they cost is its compilation. Those about what a compiled
+    program is, or that compare with another process bit for bit, are marked ``optimized``."""
     name = "jax_disable_most_optimizations"
     before = jax.config.read(name)
-    jax.config.update(name, True)
+    jax.config.update(name, request.node.get_closest_marker("optimized") is None)
     yield
     jax.config.update(name, before)
+
+
+@pytest.fixture
+def unoptimized(compiled_quickly: None) -> None:
+    pass
 
 
 @pytest.fixture(scope="session")

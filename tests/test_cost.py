@@ -15,6 +15,8 @@ import pytest
 
 import jlora
 
+pytestmark = pytest.mark.optimized
+
 DIM, FFN, LAYERS, VOCAB, RANK, HEADS = 32, 56, 2, 40, 4, 2
 IDS = jnp.arange(2 * 24).reshape(2, 24) % VOCAB  # 48 tokens: no activation has the shape of a weight
 SHAPES = {"q": (DIM, DIM), "k": (DIM, DIM), "v": (DIM, DIM), "o": (DIM, DIM), "up": (DIM, FFN), "down": (FFN, DIM)}

@@ -16,4 +16,4 @@ def test_example(block):
 
 
 def test_the_examples_were_found():
-    assert len(RUNNABLE) == 5 and len(BLOCKS) == 6
+    assert len(RUNNABLE) == 7 and len(BLOCKS) == 8

@@ -246,6 +246,7 @@ def test_partitioned_by_the_compiler(specs):
     assert_close(jax.jit(value_and_grads(partial(lora_linear, frozen_w=False)))(*args), want)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("specs", Y_SPECS)
 def test_partitioning_gathers_no_activations(specs):
     """Merging a sharded batch axis with a sharded sequence axis would."""
@@ -285,6 +286,7 @@ def test_shard_map(implementation, specs):
 # ---- What it costs ----
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_frozen_weight_has_no_gradient_product(implementation, remat):
@@ -333,6 +335,7 @@ def test_remat_can_keep_h(implementation):
     assert (3, 10, 3) not in outputs_of(jax.make_jaxpr(stack_of_layers(implementation, True))(params, x).jaxpr, "scan")
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("lead", [(256,), (4, 64)])
 @pytest.mark.parametrize("n_in, n_out", [(128, 344), (128, 128)])
 def test_flops_and_memory(lead, n_in, n_out):

@@ -7,6 +7,8 @@ import pytest
 
 from jlora.kernels import product
 
+pytestmark = pytest.mark.optimized
+
 
 def arguments(k: int, n: int) -> tuple[jax.Array, jax.Array]:
     x, m = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(2, 3, k), (k, n)]))

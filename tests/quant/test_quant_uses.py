@@ -265,6 +265,7 @@ def test_no_matrix_outlives_its_product(to, method):
     assert max(leaf.size for leaf in kept) < one_layer
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("to", [NF4, Int8])
 def test_compiled_memory(to):
     """Beside a base of 8 layers the program needs about what one layer takes, forward and backward."""
@@ -290,6 +291,7 @@ def test_memory_of_an_adapted_model():
     assert stored <= 0.16 * (sum(leaf.nbytes for leaf in jax.tree.leaves(params["layers"])) + adapters)
 
 
+@pytest.mark.optimized
 def test_only_the_rows_looked_up_are_formed():
     small = quantize({"w": make_params()["table"]}, NF4, "w", axes={"w": jlora.Axes((0,), (1,), kind="embedding")})
     adapted = jlora.adapt(small, jlora.LoRA(2), "w", key=jax.random.key(0))
