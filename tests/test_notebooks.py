@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom."""
+"""The notebooks run from top to bottom. Each starts a process, so they are in the slow suite; .ci/run runs them."""
 
 import pathlib
 import sys
@@ -19,6 +19,7 @@ PRINTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # the Jupyter client's own
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path, tmp_path, monkeypatch):

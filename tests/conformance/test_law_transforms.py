@@ -17,6 +17,7 @@ from registry import (
     model,
     model_params,
     moved,
+    over_every_other_row,
     over_forms,
     over_most_products,
     over_most_rows,
@@ -121,7 +122,7 @@ def test_plain_implementation_has_forward_mode(row: Row, case) -> None:
     assert_close(derivatives(direction), sum(jax.tree.leaves(products)))
 
 
-@over_most_rows
+@over_every_other_row
 def test_bfloat16_base(row: Row, case) -> None:
     exact_adapted, _ = case(row.name)
     low = model_params(jnp.bfloat16)

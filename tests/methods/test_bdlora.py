@@ -65,5 +65,5 @@ def test_refusals(tmp_path) -> None:
         adapted(up=jlora.BDLoRA(5, blocks=5))
     with pytest.raises(ValueError, match="one number of blocks"):
         save_peft(adapted(up=jlora.BDLoRA(4, blocks=2), down=jlora.BDLoRA(4, blocks=1)), tmp_path)
-    with pytest.raises(ValueError, match="some are KaSA"):
+    with pytest.raises(ValueError, match="kasa_config, velora_config and monteclora_config hold for all"):
         save_peft(adapted(up=jlora.LoRA(4), down=jlora.KaSA(4)), tmp_path)

@@ -23,7 +23,7 @@ def setting(shape=(6, 5)):
 def test_draws():
     """As in the formula, with all of its N normal matrices, by moments over many keys."""
     _, trainable = setting()
-    own, keys = trainable["w"], jax.random.split(KEY, 40_000)
+    own, keys = trainable["w"], jax.random.split(KEY, 10_000)
     drawn = jax.vmap(lambda key: METHOD.draw(list(jax.random.split(key, 3)), own)[0].a)(keys) - own["factors"].a
 
     def written(key):
@@ -36,10 +36,10 @@ def test_draws():
         return 0.5 * jnp.einsum("n,nij->ij", mixture, z)
 
     wanted = jax.vmap(written)(keys)
-    np.testing.assert_allclose(drawn.mean(0), 0.0, atol=0.03)
+    np.testing.assert_allclose(drawn.mean(0), 0.0, atol=0.06)
     for power in (2, 4):
         got, want = (jnp.mean(x**power, axis=(0, 1)) for x in (drawn, wanted))
-        np.testing.assert_allclose(got, want, rtol=0.04 * power)
+        np.testing.assert_allclose(got, want, rtol=0.06 * power)
 
 
 def test_divergence_is_one():

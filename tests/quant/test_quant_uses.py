@@ -266,7 +266,7 @@ def test_no_matrix_outlives_its_product(to, method):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("to", [NF4, Int8])
+@pytest.mark.parametrize("to", [NF4, pytest.param(Int8, marks=pytest.mark.slow)])
 def test_compiled_memory(to):
     """Beside a base of 8 layers the program needs about what one layer takes, forward and backward."""
     small = make_quantized(to, dim=128, width=256)

@@ -240,7 +240,7 @@ def test_adapter_of_another_model_is_refused(run, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize("method", ["dora", "vera", "full"])
+@pytest.mark.parametrize("method", ["dora", pytest.param("vera", marks=pytest.mark.slow), "full"])
 def test_other_methods_train_and_come_back(method, tiny_options, compile_once, tmp_path, capsys):
     options = [*tiny_options, "--method", method, "--steps", "2", "--out", str(tmp_path / "run"), "--no-generate"]
     for name in ("--rank", "--dropout") if method == "full" else ():
