@@ -19,13 +19,11 @@ is those codes'.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
-from jlora.optim.pairs import PairTree, Tall, inner, times
+from jlora.optim.pairs import Pair, Tall, by_pair, inner, times
 
 
 def scale_by_allora_approx(eta: float | Array = 2.0) -> optax.GradientTransformation:
@@ -35,21 +33,13 @@ def scale_by_allora_approx(eta: float | Array = 2.0) -> optax.GradientTransforma
       eta: how much larger gradients are made at the start. Raising it raises the rate of small changes only.
     """
 
-    def init(params: PyTree) -> optax.EmptyState:
-        PairTree(params, "scale_by_allora_approx")
-        return optax.EmptyState()
+    def rule(pair: Pair) -> Tall:
+        square = jnp.sum(times(pair.b, inner(pair.a, pair.a)) * pair.b, axis=-1, keepdims=True)
+        norms = abs(pair.scale) * jnp.sqrt(jnp.maximum(square, 0))
+        c = (1 / jnp.sqrt(norms + 1 / jnp.square(eta))).astype(norms.dtype)
+        return Tall(c.mean(-2, keepdims=True) * pair.grad_a, c * pair.grad_b)
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        tree = PairTree(params, "scale_by_allora_approx")
-        talls = []
-        for pair in tree.pairs(updates):
-            square = jnp.sum(times(pair.b, inner(pair.a, pair.a)) * pair.b, axis=-1, keepdims=True)
-            norms = abs(pair.scale) * jnp.sqrt(jnp.maximum(square, 0))
-            c = (1 / jnp.sqrt(norms + 1 / jnp.square(eta))).astype(norms.dtype)
-            talls.append(Tall(c.mean(-2, keepdims=True) * pair.grad_a, c * pair.grad_b))
-        return tree.updated(updates, talls), state
-
-    return optax.GradientTransformation(init, update)
+    return by_pair("scale_by_allora_approx", rule)
 
 
 def allora_approx(

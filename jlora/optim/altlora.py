@@ -22,7 +22,7 @@ see A's.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
@@ -157,11 +157,10 @@ def altlora(
 
     >>> tx = jlora.optim.altlora(1e-2)
     """
-    direction = scale_by_altlora(
-        b1, damping=damping, relative=relative, order=order, period=period, scale_correction=scale_correction,
-        learning_rate=learning_rate if order == "sequential" else None,
+    return _optimizer(
+        learning_rate, weight_decay, other, b1, damping=damping, relative=relative, order=order, period=period,
+        scale_correction=scale_correction,
     )  # fmt: skip
-    return with_others(direction, learning_rate, weight_decay, other)
 
 
 def altlora_plus(
@@ -186,8 +185,20 @@ def altlora_plus(
 
     >>> tx = jlora.optim.altlora_plus(optax.warmup_constant_schedule(0.0, 1e-4, 100))
     """
-    direction = scale_by_altlora(
-        b1, b2, eps, damping=damping, relative=relative, order=order, period=period, carry=carry,
-        scale_correction=scale_correction, learning_rate=learning_rate if order == "sequential" else None,
+    return _optimizer(
+        learning_rate, weight_decay, other, b1, b2, eps, damping=damping, relative=relative, order=order, period=period,
+        scale_correction=scale_correction, carry=carry,
     )  # fmt: skip
+
+
+def _optimizer(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float | Array,
+    other: optax.GradientTransformation | None,
+    *decays: float | Array,
+    order: str,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    known = learning_rate if order == "sequential" else None
+    direction = scale_by_altlora(*decays, order=order, learning_rate=known, **options)
     return with_others(direction, learning_rate, weight_decay, other)

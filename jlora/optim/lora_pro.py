@@ -35,7 +35,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from jlora.optim.pairs import Pair, PairTree, Spectrum, Tall, across, inner, outer, times, transposed
+from jlora.optim.pairs import Pair, PairTree, Spectrum, Tall, across, by_pair, inner, outer, times, transposed
 
 MODES = ("sylvester", "symmetry", "zero")
 
@@ -58,16 +58,7 @@ def scale_by_lora_pro(mode: str = "sylvester", *, damping: float | Array = 0.0) 
     """
     _check(mode, "scale_by_lora_pro")
 
-    def init(params: PyTree) -> optax.EmptyState:
-        PairTree(params, "scale_by_lora_pro")
-        return optax.EmptyState()
-
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        tree = PairTree(params, "scale_by_lora_pro")
-        talls = [solve(pair, spectra(pair), mode, damping) for pair in tree.pairs(updates)]
-        return tree.updated(updates, talls), state
-
-    return optax.GradientTransformation(init, update)
+    return by_pair("scale_by_lora_pro", lambda pair: solve(pair, spectra(pair), mode, damping))
 
 
 def lora_pro(

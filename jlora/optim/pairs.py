@@ -18,7 +18,7 @@ axes stay where they are, the r x r matrices are whole on every device, and what
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -156,6 +156,22 @@ class PairTree:
         for i, value in zip(self._where, values, strict=True):
             nodes[i] = value
         return self._treedef.unflatten(nodes)
+
+
+def by_pair(name: str, rule: Callable[[Pair], Tall]) -> optax.GradientTransformation:
+    """``rule`` in the place of the gradients of every pair; what is in no pair passes. No state."""
+
+    def init(params: PyTree) -> optax.EmptyState:
+        PairTree(params, name)
+        return optax.EmptyState()
+
+    def update(
+        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
+        tree = PairTree(params, name)
+        return tree.updated(updates, map(rule, tree.pairs(updates))), state
+
+    return optax.GradientTransformation(init, update)
 
 
 def with_others(

@@ -16,12 +16,10 @@ change A first. PEFT leaves the factors of embeddings alone; here all pairs are 
 
 from __future__ import annotations
 
-from typing import Any
-
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
-from jlora.optim.pairs import PairTree, Spectrum, Tall, times
+from jlora.optim.pairs import Pair, Spectrum, Tall, by_pair, times
 
 
 def scale_by_gram_inverse(
@@ -38,20 +36,12 @@ def scale_by_gram_inverse(
         rows of B exactly. No published code of this method has it; LoRA-FA's and LoRA-Pro's do.
     """
 
-    def init(params: PyTree) -> optax.EmptyState:
-        PairTree(params, "scale_by_gram_inverse")
-        return optax.EmptyState()
+    def rule(pair: Pair) -> Tall:
+        gain = pair.scale**-2 if scale_correction else 1.0
+        a, b = (gain * Spectrum.of(x).inverse(damping, relative) for x in (pair.a, pair.b))
+        return Tall(times(pair.grad_a, b), times(pair.grad_b, a))
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        tree = PairTree(params, "scale_by_gram_inverse")
-        talls = []
-        for pair in tree.pairs(updates):
-            gain = pair.scale**-2 if scale_correction else 1.0
-            a, b = (gain * Spectrum.of(x).inverse(damping, relative) for x in (pair.a, pair.b))
-            talls.append(Tall(times(pair.grad_a, b), times(pair.grad_b, a)))
-        return tree.updated(updates, talls), state
-
-    return optax.GradientTransformation(init, update)
+    return by_pair("scale_by_gram_inverse", rule)
 
 
 def riemannian(
