@@ -16,6 +16,16 @@ import pytest  # noqa: E402
 _finished = itertools.count(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of the test's module
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Most tests run each program once, on tiny arrays: what they cost is its compilation. Those about what a compiled
+    program is, or that compare with another process bit for bit, are marked ``optimized``."""
+    name, quickly = "jax_disable_most_optimizations", item.get_closest_marker("optimized") is None
+    if jax.config.read(name) != quickly:
+        jax.config.update(name, quickly)
+        jax.clear_caches()  # which do not know of the option: a program of another test would be used as it is
+
+
 @pytest.fixture(autouse=True)
 def few_programs() -> Iterator[None]:
     """Drops compiled programs now and then: each holds memory maps, of which Linux gives a process 65,530."""
@@ -77,22 +87,6 @@ def x64() -> Iterator[None]:
     """64-bit types for one test; ``pytestmark = pytest.mark.usefixtures("x64")`` for a file."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture(autouse=True)
-def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Most tests run each program once, on tiny arrays: what they cost is its compilation. Those about what a compiled
-    program is, or that compare with another process bit for bit, are marked ``optimized``."""
-    name = "jax_disable_most_optimizations"
-    before = jax.config.read(name)
-    jax.config.update(name, request.node.get_closest_marker("optimized") is None)
-    yield
-    jax.config.update(name, before)
-
-
-@pytest.fixture
-def unoptimized(compiled_quickly: None) -> None:
-    pass
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from jlora.io import load_peft
 from jlora.linalg import truncated_svd
 from jlora.methods.whole import Follow
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

@@ -8,7 +8,7 @@ import pytest
 from jlora.linalg import inverse
 from jlora.methods.oft import cayley
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def matrices(kind: str, size: int) -> np.ndarray:

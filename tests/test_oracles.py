@@ -55,7 +55,7 @@ def wrong_gradients(config: dict) -> str | None:
     return r"lin0|^x$" if config["peft_type"] == "C3A" else None
 
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def discover() -> Iterator[Any]:

@@ -128,8 +128,8 @@ def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = Non
         held_out = task.hold_out(held_out, config.data, model, config.eval)
     adapted = loading.build_adapted(
         model, config.method, config.train.seed, start,
-        lambda rules, traced: starts.calibrate(
-            model, traced, rules, train, task, config.method, batch_size=config.train.batch_size,
+        lambda rules, usage: starts.calibrate(
+            model, usage, rules, train, task, config.method, batch_size=config.train.batch_size,
             seed=config.train.seed, progress=lambda batches: reporter.track(batches, "calibrating"),
         ),
     )  # fmt: skip

@@ -87,7 +87,7 @@ def methods(config: MethodsConfig) -> int:
         raise UserError(f"--rank must be above 0, got {config.rank}")
     model = _outline(config.model)
     targets = config.targets or model.family.targets
-    usage = _usage(model)
+    usage = loading.usage_of(model)
     with loading.user_errors():
         plan(model.params, {target: Full() for target in targets}, usage=usage)  # all of them match something
     kinds, rows, without = peft_types(), [("method", "class", "form", "trainable", "merges", "PEFT")], []
@@ -190,18 +190,13 @@ def _outline(name: str) -> models.LoadedModel:
         return models.outline(name)
 
 
-def _usage(model: models.LoadedModel) -> dict[str, Any]:
-    traced = loading._traced(model)
-    return jlora.usage(traced["fn"], model.params, *traced["args"])
-
-
 def targets(config: TargetsConfig) -> int:
     """Every leaf of a model: its shape, how the model uses it, and which pattern catches it."""
     options = config.method
     loading.build_method(options)  # a misspelt option should not wait for the model
     model = _outline(config.model)
     options = loading.resolve_targets(options, model)
-    usage, caught, refused = _usage(model), {}, None
+    usage, caught, refused = loading.usage_of(model), {}, None
     try:
         for pattern, method in loading.build_rules(options).items():
             sites = plan(model.params, [(pattern, method)], usage=usage)

@@ -57,7 +57,7 @@ def load_model(
         )
         if quantize == "none":
             return model
-        params = jlora.quant.quantize(model.params, _FORMATS[quantize], **_traced(model))
+        params = jlora.quant.quantize(model.params, _FORMATS[quantize], usage=usage_of(model))
         return dataclasses.replace(model, params=params)
 
 
@@ -79,10 +79,10 @@ def need_text_model(name: str, family: models.Family) -> None:
         )
 
 
-def _traced(model: models.LoadedModel) -> dict[str, Any]:
-    """What tells `jlora.adapt` how the model uses its weights."""
+def usage_of(model: models.LoadedModel) -> dict[str, "jlora.LeafUsage"]:
+    """How the model uses its weights, as `jlora.adapt` wants to be told. It is traced for it."""
     forward = lambda params, *inputs: model.module.apply({"params": params}, *inputs)
-    return {"fn": forward, "args": tuple(jnp.zeros(x.shape, x.dtype) for x in model.inputs)}
+    return jlora.usage(forward, model.params, *(jnp.zeros(x.shape, x.dtype) for x in model.inputs))
 
 
 def build_method(options: MethodOptions) -> Method:
@@ -135,14 +135,15 @@ def build_adapted(
     calibrate: Callable | None = None,
 ) -> "jlora.Adapted":
     """The model's parameters with the chosen method on the chosen leaves, at their initial values: those in the file
-    ``start``, where there is one; else from what ``calibrate(rules, traced)`` finds, where they are from data."""
-    rules, traced = build_rules(options), _traced(model)
+    ``start``, where there is one; else from what ``calibrate(rules, usage)`` finds, where they are from data."""
+    rules = build_rules(options)
     with user_errors():
+        usage = usage_of(model)
         if start is not None and start.exists():
-            adapted = starts.load(start, model, rules, traced, seed)
+            adapted = starts.load(start, model, rules, usage, seed)
         else:
-            stats = None if calibrate is None else calibrate(rules, traced)
-            adapted = jlora.adapt(model.params, rules, key=jax.random.key(seed), stats=stats, **traced)
+            stats = None if calibrate is None else calibrate(rules, usage)
+            adapted = jlora.adapt(model.params, rules, key=jax.random.key(seed), stats=stats, usage=usage)
     # Full() may hand out the base's own buffers, and training donates what it trains.
     return adapted.replace(trainable=jax.tree.map(jnp.copy, adapted.trainable))
 
@@ -272,9 +273,7 @@ def load_source(options: SourceOptions, labels: Sequence[str] = ()) -> Source:
     )
     if adapter is not None:
         with user_errors():
-            traced = _traced(model)
-            usage = jlora.usage(traced["fn"], model.params, *traced["args"])
-            adapted = load_peft(adapter, model.params, usage=usage)
+            adapted = load_peft(adapter, model.params, usage=usage_of(model))
         return Source(model, adapted, jlora.lift(model.module.apply), f"{model.name} with {adapter}", config)
     if run is not None:
         adapted, step = load_checkpoint(run, config, model)

@@ -17,9 +17,8 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from jlora.train import data
 from jlora.train.checkpoint import Checkpoints
-from jlora.train.config import RunError, UserError
+from jlora.train.config import RunError
 from jlora.train.metrics import next_token_loss
 from jlora.train.report import Reporter, figures_line
 from jlora.train.run import RunDirectory
@@ -70,32 +69,6 @@ def make_train_step(
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
     return jax.jit(step_fn, donate_argnums=(0, 1))
-
-
-def make_eval_step(apply: Callable, bind: bool = True) -> Callable:
-    """Compiled (adapted, batch of [b, t]) -> (summed nll, scored tokens); without `bind` for plain parameters."""
-
-    @jax.jit
-    def eval_step(adapted, batch):
-        params = adapted.bind() if bind else adapted
-        return next_token_loss(lambda *inputs: apply({"params": params}, *inputs), batch)
-
-    return eval_step
-
-
-def held_out_nll(
-    eval_step: Callable, adapted: PyTree, rows: data.Encoded, batch_size: int, poll: Callable = lambda: None
-) -> float:
-    """Mean negative log-likelihood per scored token over all rows. `poll` is called between batches."""
-    total = tokens = 0.0
-    batch_size = min(batch_size, len(rows))
-    for batch in data.batches(rows, batch_size, seed=0, epochs=1, shuffle=False, drop_remainder=False):
-        poll()
-        nll, scored = eval_step(adapted, batch)
-        total, tokens = total + float(nll), tokens + float(scored)
-    if not tokens:
-        raise UserError("the held-out data has no token to score")
-    return total / tokens
 
 
 class StopSignals:

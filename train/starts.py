@@ -19,6 +19,7 @@ import jlora
 from jlora import init, paths
 from jlora.adapt import build, plan
 from jlora.calibrate import Calibration, planned
+from jlora.lift import LeafUsage
 from jlora.methods import LoRA, Method, Site
 from jlora.train import data
 from jlora.train.config import MethodOptions, UserError, literal_options
@@ -51,7 +52,7 @@ def make_start(options: MethodOptions) -> Any:
 
 
 def calibrate(
-    model: Any, traced: dict[str, Any], rules: dict[str, Method], rows: Any, task: Any, options: MethodOptions,
+    model: Any, usage: dict[str, LeafUsage], rules: dict[str, Method], rows: Any, task: Any, options: MethodOptions,
     *, batch_size: int, seed: int, progress: Any = None,
 ) -> Calibration | None:  # fmt: skip
     """The statistics that the rules start from, of the first batches that training will see; None if they want none."""
@@ -67,7 +68,7 @@ def calibrate(
         return total / jax.numpy.maximum(count, 1.0)
 
     return jlora.calibrate(
-        loss, model.params, batches, rules, usage=jlora.usage(traced["fn"], model.params, *traced["args"]),
+        loss, model.params, batches, rules, usage=usage,
         token_weights=_token_weights if "segment_ids" in batches[0] else None, progress=progress,
     )  # fmt: skip
 
@@ -92,7 +93,7 @@ def save(adapted: "jlora.Adapted", file: Path) -> None:
     write_file(file, stream.getvalue())
 
 
-def load(file: Path, model: Any, rules: dict[str, Method], traced: dict[str, Any], seed: int) -> "jlora.Adapted":
+def load(file: Path, model: Any, rules: dict[str, Method], usage: dict[str, LeafUsage], seed: int) -> "jlora.Adapted":
     """What `save` wrote, on the model's parameters."""
     try:
         with np.load(file) as stored:
@@ -100,7 +101,7 @@ def load(file: Path, model: Any, rules: dict[str, Method], traced: dict[str, Any
         ranks = json.loads(str(arrays.pop(_SITES)))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} cannot be read, and it holds what the adapters started at: {error}") from error
-    sites = plan(model.params, rules, **traced)
+    sites = plan(model.params, rules, usage=usage)
     sites = {path: _with_ranks(sites[path], own) for path, own in ranks.items()}
     key, shape = jax.random.key(seed), lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     abstract = {path: shape(leaf) for path, leaf in paths.flatten(model.params)[0]}

@@ -4,7 +4,7 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def exact(x64: None, unoptimized: None) -> None:
+def exact(x64: None) -> None:
     pass
 
 

@@ -10,7 +10,7 @@ from jlora import init
 from jlora.calibrate import STATISTICS
 
 RNG = np.random.default_rng(0)
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 SHAPES = {"table": (9, 6), "layers": (3, 6, 6), "heads": (6, 2, 4), "back": (2, 4, 6), "experts": (2, 6, 6)}
 PARAMS = {name: RNG.normal(size=shape) / 2 for name, shape in SHAPES.items()}
 BATCHES = [{"ids": RNG.integers(0, 9, size=(2, 4)), "y": RNG.normal(size=(2, 4, 9))} for _ in range(3)]

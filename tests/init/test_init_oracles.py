@@ -23,7 +23,7 @@ import jlora
 from jlora import init
 from jlora.io import load_peft, save_peft
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 DIRECTORY = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
 # Relative to the largest entry, absolute below 1. LoRA-GA's start and the residual base it leaves, and the random
 # numbers of the orthogonal start, are float32 in PEFT in any case. CorDA's are from the inverse of a float32 matrix.

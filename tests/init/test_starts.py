@@ -13,7 +13,7 @@ from jlora.calibrate import STATISTICS
 from jlora.io import load_peft, save_peft
 from jlora.linalg import truncated_svd
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 RNG = np.random.default_rng(0)
 PARAMS = {

@@ -19,7 +19,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_both_layouts(method, tmp_path, unoptimized):
+def test_both_layouts(method, tmp_path):
     rng = np.random.default_rng(0)
     normal = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     flax = {"conv": {"kernel": normal((3, 2, 8, 12))}}

@@ -25,7 +25,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(absent), reason=f"not installed: {absent}"),
     pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no directory {ORACLES}: set JLORA_ORACLES"),
-    pytest.mark.usefixtures("unoptimized"),
     pytest.mark.filterwarnings("default"),  # theirs; the ones about the adapter are looked at below
 ]
 

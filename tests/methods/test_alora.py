@@ -12,7 +12,7 @@ import jlora
 from jlora.io import load_peft, save_peft
 from jlora.methods.alora import invocation_offsets
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 RANDOM = np.random.default_rng(0)
 W, X = RANDOM.normal(size=(7, 5)), RANDOM.normal(size=(3, 6, 7))

@@ -11,7 +11,7 @@ from jlora.methods import Follow, Method, Site
 from jlora.methods.hgf import quantize, ternary
 from jlora.methods.invertible import couple, uncouple
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
 W, B, X = RNG.normal(size=(6, 8)) / 2, RNG.normal(size=8), RNG.normal(size=(5, 6))

@@ -14,7 +14,7 @@ import jlora
 from jlora.io import load_peft, save_peft
 from jlora.io.frod import kind
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 ORACLES = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
 LAYERS = ("lin0", "lin1")

@@ -11,7 +11,7 @@ import pytest
 
 import jlora
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 @dataclasses.dataclass(frozen=True)

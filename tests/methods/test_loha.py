@@ -8,7 +8,7 @@ import pytest
 import jlora
 from jlora.weight import Params
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 MATRIX, EXPERTS = jlora.Axes((0,), (1,)), jlora.Axes((1,), (2,), stack=(0,))
 TABLE, WINDOW = jlora.Axes((0,), (1,), kind="embedding"), jlora.Axes((0, 1, 2), (3,), kind="conv")

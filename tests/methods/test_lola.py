@@ -9,7 +9,7 @@ import pytest
 import jlora
 from jlora.optim import warm_restarts
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 
 def reference(step: float, peak: float, end: float, period: float, growth: float) -> float:

@@ -11,7 +11,6 @@ import pytest
 import jlora
 from jlora.methods import markboard
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
 BITS, KEY = 3, jax.random.key(0)
 run = jlora.lift(lambda params, x: x @ params["kernel"], on_materialize="error")
 

@@ -8,7 +8,7 @@ import pytest
 import jlora
 from jlora.methods.monteclora import variational_loss
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 METHOD = jlora.MonteCLoRA(3, 6.0, samples=4, noise=0.5, prior=0.7)
 KEY = jax.random.key(0)
 

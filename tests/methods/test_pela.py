@@ -7,7 +7,7 @@ import pytest
 
 import jlora
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 RANDOM = np.random.default_rng(0)
 W, LAYERS, X = RANDOM.normal(size=(10, 15)), RANDOM.normal(size=(3, 15, 15)) / 4, RANDOM.normal(size=(4, 10))

@@ -10,7 +10,7 @@ from jlora.adapt import build
 from jlora.methods import Follow, Method, Site, oft
 from jlora.weight import Params
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
 W, X = RNG.normal(size=(16, 12)), RNG.normal(size=(5, 16))
 

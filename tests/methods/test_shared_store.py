@@ -8,7 +8,7 @@ import pytest
 import jlora
 from jlora.methods.nola import random_matrix
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 AXES = {"w": jlora.Axes((1,), (2,), (0,))}
 
 

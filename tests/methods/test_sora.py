@@ -9,7 +9,7 @@ import pytest
 import jlora
 from jlora.optim.sora import shrink
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 RANDOM = np.random.default_rng(0)
 W, KEY = RANDOM.normal(size=(7, 5)), jax.random.key(0)

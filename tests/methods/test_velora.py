@@ -7,7 +7,7 @@ import pytest
 
 import jlora
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 RANDOM = np.random.default_rng(0)
 X, W, C = (RANDOM.normal(size=shape) for shape in ((2, 5, 10), (10, 6), (2, 5, 6)))
 KEY = jax.random.key(0)

@@ -8,7 +8,7 @@ import pytest
 import jlora
 from jlora.methods import vida
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 RANDOM = np.random.default_rng(0)
 W, X = RANDOM.normal(size=(7, 5)), RANDOM.normal(size=(6, 7))

@@ -10,7 +10,7 @@ import pytest
 import jlora
 from jlora.methods import xlora
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 RANDOM = np.random.default_rng(0)
 LAYERS, VOCAB, D, BATCH, SEQ = 3, 11, 6, 2, 5

@@ -11,8 +11,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import jlora
 from jlora.optim.pairs import is_pair
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 @pytest.fixture(params=ROWS)
 def row(request: pytest.FixtureRequest) -> Row:

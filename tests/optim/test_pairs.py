@@ -19,7 +19,7 @@ from jlora.optim.adam import correct_bias, raw_adam
 from jlora.optim.lora_pro import MODES
 from jlora.optim.pairs import orthonormal
 
-pytestmark = pytest.mark.usefixtures("x64", "unoptimized")
+pytestmark = pytest.mark.usefixtures("x64")
 
 DIRECTORY = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
 RANDOM = np.random.default_rng(0)

@@ -38,7 +38,7 @@ def pairs() -> Iterator:
                 )
 
 
-@pytest.mark.usefixtures("x64", "unoptimized")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("use", "method", "kind"), list(pairs()))
 def test_quantized_is_dequantized(use, method, kind):
     to, options = FORMATS[kind]

@@ -32,9 +32,6 @@ CONVERSATION = [
 ]
 
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
-
 def make_tokenizer(template: str | None = CHATML) -> Tokenizer:
     """Bytes, the special tokens, and a last stage that takes white space out of the offsets, as in many files."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

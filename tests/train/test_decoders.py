@@ -26,9 +26,6 @@ NAMES = [name for name, source in CONFIGS.items() if models.FAMILIES[source["mod
 each = pytest.mark.parametrize("name", NAMES)
 
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def logits(module, params, *inputs) -> jax.Array:
     return module.apply({"params": params}, *inputs)

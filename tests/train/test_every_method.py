@@ -22,7 +22,6 @@ def script():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("method", METHODS)
 def test_finetune(method, script, tmp_path, capsys):
     run, few = tmp_path / "run", "--steps 4 --batch-size 4 --max-length 96 --eval-limit 16 --no-generate".split()

@@ -22,8 +22,6 @@ from jlora.train.recipes import smollm2_gsm8k
 gguf = pytest.importorskip("gguf")
 DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
 
-pytestmark = pytest.mark.usefixtures("unoptimized")
-
 
 def interleaved(w: np.ndarray, heads: int) -> np.ndarray:
     """Rows (i, i + d/2) of each head brought together, as the converter does for the architecture llama."""

@@ -19,7 +19,7 @@ def test_every_one_is_on_offer():
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_takes_steps(name, unoptimized):
+def test_takes_steps(name):
     method = jlora.Full() if name in PROJECTED else jlora.LoRA(3)
     extra = ("rank=4", "period=2") if name in PROJECTED else ()
     rate = {"sgd": 0.5, "scaled_gd": 0.05, "altlora": 0.05, "altlora_plus": 1e-3, "lion": 1e-2}.get(name, 2e-2)

@@ -6,10 +6,10 @@ from typing import Any
 
 from jaxtyping import PyTree
 
-from jlora.train import chat, loading, loop, metrics
+from jlora.train import chat, loading, metrics
 from jlora.train import data as files
 from jlora.train.checkpoint import checksum
-from jlora.train.config import DataOptions, EvalOptions
+from jlora.train.config import DataOptions, EvalOptions, UserError
 from jlora.train.generate import generate
 from jlora.train.models import Family, LoadedModel
 from jlora.train.report import one_line
@@ -51,11 +51,16 @@ class CausalLM(base.Task):
         return metrics.next_token_loss(call, batch)
 
     def make_eval_step(self, apply: Callable, bind: bool = True) -> Callable:
-        return loop.make_eval_step(apply, bind)
+        return base.output_step(apply, bind, metrics.next_token_loss)
 
     def evaluate(self, step, params, held_out, batch_size, poll=lambda: None) -> Measured:
-        nll = loop.held_out_nll(step, params, held_out.rows, batch_size, poll)
-        return Measured({"eval_nll": nll, "perplexity": metrics.perplexity(nll)})
+        total = tokens = 0.0
+        for batch in base.batches(self, held_out.rows, batch_size, poll):
+            nll, scored = step(params, batch)
+            total, tokens = total + float(nll), tokens + float(scored)
+        if not tokens:
+            raise UserError("the held-out data has no token to score")
+        return Measured({"eval_nll": total / tokens, "perplexity": metrics.perplexity(total / tokens)})
 
     def complete(self, measured, apply, params, model, held_out, options, poll=lambda: None) -> Measured:
         """Decodes the held-out prompts: all that have references, otherwise those that are shown."""
