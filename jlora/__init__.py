@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from jlora import optim as optim
     from jlora import quant as quant
     from jlora import rank as rank
+    from jlora import shard as shard
     from jlora.methods import BOFT as BOFT
     from jlora.methods import C3A as C3A
     from jlora.methods import DEFT as DEFT
@@ -107,7 +108,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("init", "optim", "quant", "rank")
+_SUBPACKAGES = ("init", "optim", "quant", "rank", "shard")
 
 
 def __getattr__(name: str) -> Any:

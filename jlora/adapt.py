@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jlora import paths
@@ -274,21 +274,27 @@ def build(
     return Adapted(params, trainable, frozen, tuple(sites.items()))
 
 
-def _placement(leaf: Any, site: Site) -> Callable[[str], NamedSharding] | None:
-    """For a leaf on a mesh: from the names of a parameter's axes to its sharding. An axis that is sharded in the weight
-    is sharded in the parameters that have it and the rank is whole, rather than as the compiler happens to choose: then
-    a product over a sharded axis stays local, with a small sum over devices. In explicit mode, where types have to
-    agree, they start whole."""
-    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-    if site.method.whole_leaf or not concrete or not isinstance(leaf.sharding, NamedSharding):
-        return None
-    mesh, spec = leaf.sharding.mesh, [*leaf.sharding.spec, *(None,) * (leaf.ndim - len(leaf.sharding.spec))]
+def placement(site: Site, mesh: Mesh, spec: PartitionSpec) -> Callable[[str], NamedSharding]:
+    """From the names of a parameter's axes to its sharding, beside a weight that is sharded by ``spec``.
+
+    An axis that is sharded in the weight is sharded in the parameters that have it and the rank is whole, rather than
+    as the compiler happens to choose: then a product over a sharded axis stays local, with a small sum over devices. In
+    explicit mode, where types have to agree, they are whole.
+    """
     if AxisType.Explicit in mesh.axis_types:
         return lambda dims: NamedSharding(mesh, PartitionSpec())
-    axes = site.axes
+    axes, spec = site.axes, [*spec, *(None,) * (len(site.shape) - len(spec))]
     head = [spec[axis] for axis in axes.stack]
     entry = {"in": spec[axes.inputs[0]], "out": spec[axes.outputs[0]]}  # of a flattened group: its slowest axis's
     return lambda dims: NamedSharding(mesh, PartitionSpec(*head, *(entry.get(dim) for dim in dims.split())))
+
+
+def _placement(leaf: Any, site: Site) -> Callable[[str], NamedSharding] | None:
+    """``placement`` beside a leaf that lies on a mesh."""
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+    if site.method.whole_leaf or not concrete or not isinstance(leaf.sharding, NamedSharding):
+        return None
+    return placement(site, leaf.sharding.mesh, leaf.sharding.spec)
 
 
 def _stats_of(sites: Mapping[str, Site], stats: Any) -> dict[str, dict[str, jax.Array]]:

@@ -21,7 +21,7 @@ def for_editors(module) -> set[str]:
 def test_what_editors_see_is_what_there_is():
     classes = {cls.__name__ for cls in methods.METHODS.values()}
     assert for_editors(methods) == {*classes, "Follow", "KernelLoRA", "MiddleLoRA"}
-    assert for_editors(jlora) == {*classes, "MiddleLoRA", "init", "optim", "quant", "rank"}
+    assert for_editors(jlora) == {*classes, "MiddleLoRA", *jlora._SUBPACKAGES}
     for module in (jlora, methods):
         for name in for_editors(module):
             assert name in dir(module) and getattr(module, name).__name__.rpartition(".")[2] == name
