@@ -85,11 +85,13 @@ class Axes:
 
 
 class Atom(NamedTuple):
-    """A piece of an axis of the original weight: its group, its place within the group, and how long it is."""
+    """A piece of an axis of the original weight: its group, its place within the group, how long it is, and whether it
+    runs backwards by now, as the window of a transposed convolution does."""
 
     group: str
     pos: tuple[int, ...]
     size: int
+    backwards: bool = False
 
 
 Label = tuple[Atom, ...]  # of one axis, slowest atom first; () for an axis of size 1 that the model's code added
@@ -245,6 +247,11 @@ class AdaptedWeight:
     def stack_shape(self) -> tuple[int, ...]:
         return tuple(atom.size for atom in self.group(STACK))
 
+    @property
+    def backwards(self) -> set[int]:
+        """The axes that run backwards, all or a part of them."""
+        return {axis for axis, label in enumerate(self.labels) if any(atom.backwards for atom in label)}
+
     def params(self) -> Params:
         return self.own._replace(shared=self.shared)
 
@@ -276,7 +283,7 @@ class AdaptedWeight:
         a slice of its weight is its weight of the slices (``sliceable``). None where that does not hold.
         """
         (label,) = self.labels[axis : axis + 1]
-        if len(label) != 1:
+        if len(label) != 1 or label[0].backwards:
             return None
         (atom,) = label
         labels = list(self.labels)
@@ -335,7 +342,7 @@ class AdaptedWeight:
             return self.base.canonical()
         flat = [atom for label in self.labels for atom in label]
         order = [*self.group(STACK), *self.group(IN), *self.group(OUT)]
-        base = self.base.reshape([atom.size for atom in flat])
+        base = turned(self.base.reshape([atom.size for atom in flat]), flat)
         if flat != order:
             base = base.transpose([flat.index(atom) for atom in order])
         n = len(self.stack_shape)
@@ -350,11 +357,20 @@ class AdaptedWeight:
         fn = lambda w, own: self.method.weight_in(w, own._replace(shared=self.shared), self.values or {})
         for _ in self.stack_shape:
             fn = jax.vmap(fn)
-        w = fn(base.astype(wide), self.own).astype(self.dtype)
+        try:
+            w = fn(base.astype(wide), self.own).astype(self.dtype)
+        except ValueError as error:
+            raise ValueError(f"{self.path!r} {self.shape}: {error}") from error
         flat = [atom for label in self.labels for atom in label]
         order = [*self.group(STACK), *self.group(IN), *self.group(OUT)]
         w = w.reshape([atom.size for atom in order])
-        return w.transpose([order.index(atom) for atom in flat]).reshape(self.shape)
+        return turned(w.transpose([order.index(atom) for atom in flat]), flat).reshape(self.shape)
+
+
+def turned(x: Array, atoms: Sequence[Atom]) -> Array:
+    """``x``, an axis for each of the first atoms, with the axes turned round that run backwards."""
+    axes = [axis for axis, atom in enumerate(atoms) if atom.backwards]
+    return jnp.flip(x, axes) if axes else x
 
 
 def relabel(labels: Sequence[Label], shape: Sequence[int]) -> tuple[Label, ...] | None:
@@ -362,8 +378,8 @@ def relabel(labels: Sequence[Label], shape: Sequence[int]) -> tuple[Label, ...] 
     one. None if an axis would end where no split of an atom ends.
 
     >>> kernel = ((Atom("in", (0,), 4),), (Atom("out", (0,), 6),))
-    >>> relabel(kernel, (4, 2, 3))[1:]
-    ((Atom(group='out', pos=(0, 0), size=2),), (Atom(group='out', pos=(0, 1), size=3),))
+    >>> [atom.pos for (atom,) in relabel(kernel, (4, 2, 3))[1:]]
+    [(0, 0), (0, 1)]
     """
     atoms = [atom for label in labels for atom in label if atom.size != 1]
     out: list[Label] = []
@@ -377,8 +393,8 @@ def relabel(labels: Sequence[Label], shape: Sequence[int]) -> tuple[Label, ...] 
                 label.append(atom)
                 size //= atom.size
             elif atom.size % size == 0:
-                label.append(Atom(atom.group, (*atom.pos, 0), size))
-                atoms.insert(0, Atom(atom.group, (*atom.pos, 1), atom.size // size))
+                label.append(atom._replace(pos=(*atom.pos, 0), size=size))
+                atoms.insert(0, atom._replace(pos=(*atom.pos, 1), size=atom.size // size))
                 size = 1
             else:
                 return None

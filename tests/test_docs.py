@@ -21,6 +21,7 @@ PAGES = {
     if path.parent.name not in ("methods", "optimizers")  # made from docstrings
 }
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+OTHERS = ("gemma", "haiku", "equinox", "keras", "tunix")  # libraries of models, which the tests do without
 WITH_BLOCKS = [name for name, text in PAGES.items() if BLOCK.search(text)]
 
 
@@ -41,7 +42,12 @@ def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "docs"}
     for i, (block, wanted) in enumerate(BLOCK.findall(PAGES[name])):
-        got = printed_by(block, names, f"{name}, block {i}")
+        try:
+            got = printed_by(block, names, f"{name}, block {i}")
+        except ModuleNotFoundError as error:
+            if error.name not in OTHERS:
+                raise
+            pytest.skip(f"from block {i} on, for want of {error.name}: pip install 'jlora[others]'")
         assert got.split() == wanted.split(), f"{name}, block {i}:\n{block}\nprinted\n{got}"
 
 

@@ -4,6 +4,7 @@ import ast
 import pathlib
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -27,6 +28,14 @@ def test_what_editors_see_is_what_there_is():
             assert name in dir(module) and getattr(module, name).__name__.rpartition(".")[2] == name
         with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'LoRa'"):
             module.LoRa  # noqa: B018
+
+
+def test_every_package_is_in_the_distribution():
+    root = pathlib.Path(__file__).parents[1]
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    top = {"jlora": "jlora", "kernels": "jlora.kernels", "train": "jlora.train"}
+    found = {file.parent.relative_to(root).parts for name in top for file in (root / name).rglob("*.py")}
+    assert sorted(listed) == sorted(".".join((top[first], *rest)) for first, *rest in found | {("train", "assets")})
 
 
 def test_methods_are_imported_when_asked_for():

@@ -1,12 +1,13 @@
 """Rules for equations that hold other jaxprs: entered, and rebuilt around the same interpreter.
 
 A weight that enters a scan as one of its slices brings its stacked parameters along, sliced with it. What is shared and
-the context are not sliced: they are constants of the body. A weight that is a carry or a result is formed.
+the context are not sliced: they are constants of the body. A weight that is a carry or a result is formed, unless it is
+handed back as it came in: flax.nnx returns the modules that its transformations were given.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,15 +43,35 @@ def remat(run: Run, eqn: Any, values: list) -> list | None:
     jaxpr = _compat.closed(eqn.params["jaxpr"])
 
     arrays, whole = _arrays_of(values)
+    back = {i: values[j] for i, j in _handed_back(jaxpr, values).items()}
 
     def body(arrays: list) -> tuple[list, dict]:
         inner = run.inner()
-        return plain_jaxpr(inner, jaxpr, whole(arrays), "output of a checkpointed function"), inner.aux
+        return _others(inner, jaxpr, whole(arrays), back, "output of a checkpointed function"), inner.aux
 
     checkpointed = jax.checkpoint(body, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])
     out, aux = checkpointed(arrays)
     run.absorb(aux)
-    return out
+    return _joined(back, out)
+
+
+def _handed_back(jaxpr: jex.ClosedJaxpr, values: Sequence[Any]) -> dict[int, int]:
+    """The results that are adapted weights just as they came in: number of the result -> number of the operand."""
+    given = {var: j for j, (var, value) in enumerate(zip(jaxpr.jaxpr.invars, values, strict=True)) if is_adapted(value)}
+    outvars = enumerate(jaxpr.jaxpr.outvars)
+    return {i: given[var] for i, var in outvars if not isinstance(var, jex.Literal) and var in given}
+
+
+def _others(run: Run, jaxpr: jex.ClosedJaxpr, args: Sequence[Any], back: Mapping[int, Any], where: str) -> list:
+    """``evaluate``, without the results in ``back``, and every other an array."""
+    return [run.materialize(out, where) for i, out in enumerate(evaluate(run, jaxpr, args)) if i not in back]
+
+
+def _joined(back: Mapping[int, Any], others: Iterable[Any]) -> list:
+    """``others`` in their order, with those of ``back`` at their places."""
+    others = list(others)
+    rest = iter(others)
+    return [back[i] if i in back else next(rest) for i in range(len(back) + len(others))]
 
 
 @rule("scan")
@@ -58,20 +79,24 @@ def scan(run: Run, eqn: Any, values: list) -> list | None:
     p = eqn.params
     n_consts, n_carry = p["num_consts"], p["num_carry"]
     consts, init, xs = values[:n_consts], values[n_consts : n_consts + n_carry], values[n_consts + n_carry :]
-    init = [run.materialize(v, "carry of a scan") for v in init]
+    # A carry that stays is a constant of the body; slices that come out again are what went in.
+    handed = _handed_back(p["jaxpr"], values)
+    back = {i: values[j] for i, j in handed.items() if j == n_consts + i or i >= n_carry <= j - n_consts}
+    stays = {i: w for i, w in back.items() if i < n_carry}
+    init = [run.materialize(v, "carry of a scan") for i, v in enumerate(init) if i not in stays]
     sliced = [_Sliced.of(run, v, "scan") for v in xs]
 
     def body(carry: list, xs: list) -> tuple[list, tuple[list, dict]]:
         inner = run.inner(repeat=p["length"])
         xs = [s.rebuild(x) for s, x in zip(sliced, xs, strict=True)]
-        out = plain_jaxpr(inner, p["jaxpr"], [*consts, *carry, *xs], "output of a scan's body")
-        return out[:n_carry], (out[n_carry:], inner.aux)
+        out = _others(inner, p["jaxpr"], [*consts, *_joined(stays, carry), *xs], back, "output of a scan's body")
+        return out[: len(init)], (out[len(init) :], inner.aux)
 
     carry, (ys, aux) = jax.lax.scan(
         body, init, [s.arrays for s in sliced], length=p["length"], reverse=p["reverse"], unroll=p["unroll"]
     )
     run.absorb(aux)
-    return [*carry, *ys]
+    return _joined(back, [*carry, *ys])
 
 
 class _Sliced:
@@ -104,19 +129,22 @@ def while_loop(run: Run, eqn: Any, values: list) -> list | None:
     p = eqn.params
     nc, nb = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = values[:nc], values[nc : nc + nb]
-    init = [run.materialize(v, "carry of a while loop") for v in values[nc + nb :]]
+    handed = _handed_back(p["body_jaxpr"], values[nc:])
+    stays = {i: values[nc + j] for i, j in handed.items() if j == nb + i}
+    init = [run.materialize(v, "carry of a while loop") for i, v in enumerate(values[nc + nb :]) if i not in stays]
 
-    def loop(jaxpr: jex.ClosedJaxpr, consts: list, carry: list) -> list:
+    def loop(jaxpr: jex.ClosedJaxpr, consts: list, carry: list, back: Mapping[int, Any]) -> list:
         inner = run.inner()
-        out = plain_jaxpr(inner, jaxpr, [*consts, *carry], "output of a while loop's body")
+        out = _others(inner, jaxpr, [*consts, *_joined(stays, carry)], back, "output of a while loop's body")
         _refuse_aux(inner, "a while loop")
         return out
 
-    return jax.lax.while_loop(
-        lambda carry: loop(p["cond_jaxpr"], cond_consts, carry)[0],
-        lambda carry: loop(p["body_jaxpr"], body_consts, carry),
+    carry = jax.lax.while_loop(
+        lambda carry: loop(p["cond_jaxpr"], cond_consts, carry, {})[0],
+        lambda carry: loop(p["body_jaxpr"], body_consts, carry, stays),
         init,
     )
+    return _joined(stays, carry)
 
 
 @rule("cond")
@@ -202,7 +230,8 @@ class _Sharded:
         entries = [*spec, *(None,) * (len(w.shape) - len(spec))]
         split = {axis for axis, entry in enumerate(entries) if entry is not None}
         groups = {atom.group for axis in split for atom in w.labels[axis]} - {STACK, "axis"}
-        if any(len(w.labels[axis]) > 1 for axis in split) or not groups <= set(w.method.sliceable):
+        uneven = any(len(w.labels[axis]) > 1 or axis in w.backwards for axis in split)
+        if uneven or not groups <= set(w.method.sliceable):
             return cls(run.materialize(w, f"shard_map with {spec}"), spec, same)
         by_atom = {w.labels[axis][0]: entry for axis, entry in enumerate(entries) if len(w.labels[axis]) == 1}
         n_stack = len(w.stack_shape)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jlora.lift.core import Run, is_adapted, plain, rule
 from jlora.storage import Take, is_stored
-from jlora.weight import AdaptedWeight
+from jlora.weight import STACK, AdaptedWeight
 
 
 def _relaid(eqn: Any, w: AdaptedWeight) -> Any:
@@ -56,6 +56,18 @@ def optimization_barrier(run: Run, eqn: Any, values: list) -> list | None:
 def transpose(run: Run, eqn: Any, values: list) -> list | None:
     (w,) = values
     return [w.with_base(_relaid(eqn, w), [w.labels[axis] for axis in eqn.params["permutation"]])]
+
+
+@rule("rev")
+def rev(run: Run, eqn: Any, values: list) -> list | None:
+    """The window of a transposed convolution. Only convolutions take what runs backwards."""
+    (w,) = values
+    turned = eqn.params["dimensions"]
+    if any(atom.group == STACK for axis in turned for atom in w.labels[axis]):
+        return None
+    turn = lambda label: tuple(atom._replace(backwards=not atom.backwards) for atom in label)
+    labels = [turn(label) if axis in turned else label for axis, label in enumerate(w.labels)]
+    return [w.with_base(_relaid(eqn, w), labels)]
 
 
 @rule("reshape")

@@ -23,7 +23,7 @@ from jlora.factors import Factors
 from jlora.kernels import lora_linear, product
 from jlora.lift.core import Run, is_adapted, plain, rule
 from jlora.storage import Stored, is_stored
-from jlora.weight import IN, OUT, STACK, AdaptedWeight, Atom, Context, Params, Unadapted
+from jlora.weight import IN, OUT, STACK, AdaptedWeight, Atom, Context, Params, Unadapted, turned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,13 @@ class LinearDot(_Branch):
         return self.out_spec is None and all(entry is None for entry in jax.typeof(x).sharding.spec[x.ndim - 1 :])
 
     def einsum(self, subscripts: str, x: Array, w: Array) -> Array:
+        of_x, of_w, of_y = subscripts.replace("->", ",").split(",")
+        if of_x.endswith(of_w[:-1]) and of_y == of_x[:-1] + of_w[-1]:
+            # x [..., *blocks, k] times w [*blocks, k, l], with ``product``'s gradient, which moves the smaller operand.
+            times = functools.partial(self._product, preferred=self.preferred)
+            for axis in range(-2, -len(of_w), -1):
+                times = jax.vmap(times, (axis, 0), axis)
+            return times(x, w)
         return jnp.einsum(
             subscripts, x, w.astype(x.dtype), precision=self.precision, preferred_element_type=self.preferred
         )
@@ -156,7 +163,7 @@ def dot_general(run: Run, eqn: Any, values: list) -> list | None:
         _observe(run, w, "linear", wc, wb, free, flops)
         return plain(eqn, [v.base if is_adapted(v) else v for v in (lhs, rhs)])
     batched, stack = set(_atoms(w, wb)), w.group(STACK)
-    if not jnp.issubdtype(x.dtype, jnp.floating) or not batched <= set(stack) or not w.foldable():
+    if not jnp.issubdtype(x.dtype, jnp.floating) or not batched <= set(stack) or not w.foldable() or w.backwards:
         return None
     contracted = set(_atoms(w, wc))
     transposed = contracted == set(w.group(OUT)) and contracted != set(w.group(IN))
@@ -343,7 +350,7 @@ def ragged_dot(run: Run, eqn: Any, values: list) -> list | None:
         _observe(run, w, "ragged", (1,), (0,), (2,), 2.0 * x.shape[0] * w.shape[1] * w.shape[2])
         return plain(eqn, [x, w.base, group_sizes])
     groups = [set(_atoms(w, (axis,))) for axis in range(3)]
-    if groups != [set(w.group(STACK)), set(w.group(IN)), set(w.group(OUT))] or len(w.stack_shape) != 1:
+    if groups != [set(w.group(STACK)), set(w.group(IN)), set(w.group(OUT))] or len(w.stack_shape) != 1 or w.backwards:
         return None
     dot = RaggedDot(group_sizes, eqn.params["precision"], eqn.params["preferred_element_type"])
 
@@ -397,7 +404,7 @@ class ConvDot(_Branch):
         flat = [atom for label in labels for atom in label if atom.group == IN]
         order = sorted(flat)
         w = w.reshape(*(atom.size for atom in order), w.shape[-1])
-        w = w.transpose(*(order.index(atom) for atom in flat), w.ndim - 1)
+        w = turned(w.transpose(*(order.index(atom) for atom in flat), w.ndim - 1), flat)
         out_axis = self.params["dimension_numbers"].rhs_spec[0]
         sizes = [size for axis, size in enumerate(self.weight.shape) if axis != out_axis]
         return jnp.moveaxis(w.reshape(*sizes, w.shape[-1]), -1, out_axis)
@@ -458,6 +465,7 @@ class ConvDot(_Branch):
         order = {out_axis: len(window) + 1, in_axis: len(window)}
         order |= {axis: inputs.index(self.weight.labels[axis][0]) for axis in spatial}
         kernel = jnp.tile(core.astype(x.dtype), groups).transpose([order[axis] for axis in range(core.ndim)])
+        kernel = jnp.flip(kernel, list(self.weight.backwards)) if self.weight.backwards else kernel
         return self._conv(h, kernel, None, groups * n // q)
 
 
@@ -473,7 +481,7 @@ def conv_general_dilated(run: Run, eqn: Any, values: list) -> list | None:
         _observe(run, w, "conv", in_axes, (), (out_axis,), flops)
         return plain(eqn, [x, w.base])
     fits = set(_atoms(w, (out_axis,))) == set(w.group(OUT)) and set(_atoms(w, in_axes)) == set(w.group(IN))
-    if not fits or w.stack_shape or eqn.params["batch_group_count"] != 1:
+    if not fits or w.stack_shape or eqn.params["batch_group_count"] != 1 or not w.backwards <= set(spec[2:]):
         return None
     forward = lambda x, base, p, ctx: w.method.forward(ConvDot(w, base, eqn.params), x, base, p, ctx)
     return [_consume(run, w, x, forward)]
@@ -537,20 +545,27 @@ def gather(run: Run, eqn: Any, values: list) -> list | None:
     if not is_adapted(w) or is_adapted(ids):
         return None
     numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    if len(numbers.start_index_map) != 1 or tuple(numbers.collapsed_slice_dims) != tuple(numbers.start_index_map):
+    indexed = list(numbers.start_index_map)
+    if len(indexed) > 1 and eqn.params["mode"] in (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS):
+        # A row that is cut out under vmap has a number on every axis; on those that it takes whole, that counts as 0.
+        indexed = [a for a in indexed if sizes[a] != w.shape[a]]
+    if len(indexed) != 1 or sizes[indexed[0]] != 1 or tuple(numbers.collapsed_slice_dims) not in ((), tuple(indexed)):
         return None
-    (axis,) = numbers.start_index_map
+    (axis,) = indexed
     rest = [a for a in range(len(w.shape)) if a != axis]
     if numbers.operand_batching_dims or any(sizes[a] != w.shape[a] for a in rest):
         return None
     if run.observe is not None:
         _observe(run, w, "lookup", (axis,), (), rest, 0.0)
         return plain(eqn, [w.base, ids])
-    if set(_atoms(w, (axis,))) != set(w.group(IN)) or w.stack_shape:
+    if set(_atoms(w, (axis,))) != set(w.group(IN)) or w.stack_shape or w.backwards:
         return None
+    at = numbers.start_index_map.index(axis)
+    ids = lax.slice_in_dim(ids, at, at + 1, axis=ids.ndim - 1)
     stored = w.base if is_stored(w.base) else None
     forward = lambda ids, base, p, ctx: w.method.forward(LookupDot(eqn.params, stored, base), ids, base, p, ctx)
     y = _consume(run, w, ids, forward)
     y = _from_canonical(y, y.ndim - 1, [w.labels[a] for a in rest], [w.shape[a] for a in rest])
     n = ids.ndim - 1
+    y = y if numbers.collapsed_slice_dims else jnp.expand_dims(y, n + axis)
     return [jnp.moveaxis(y, range(n, y.ndim), numbers.offset_dims)]

@@ -53,10 +53,12 @@ class Site:
 
     @property
     def features_axis(self) -> int:
-        """Which of a convolution's input axes holds the features. It is taken to be the one beside the outputs, as in
-        HWIO and OIHW."""
+        """Which of a convolution's input axes holds the features. It is taken to be the one beside the outputs, both of
+        them last or first, as in HWIO and OIHW, and HWOI and IOHW of transposed ones."""
         inputs, (output, *_) = self.axes.inputs, self.axes.outputs
-        return min(range(len(inputs)), key=lambda i: abs(inputs[i] - output))
+        away = [abs(axis - output) for axis in inputs]
+        beside = [i for i in range(len(inputs)) if away[i] == min(away)]
+        return beside[-1] if inputs[beside[-1]] == len(self.shape) - 1 else beside[0]
 
     @property
     def window(self) -> tuple[int, int, int]:
@@ -114,6 +116,7 @@ class Method:
       whole_leaf: the method replaces the leaf itself (any shape) before the model sees it, instead of standing in for a
         matrix at the products that use it.
       sliceable: the groups ("in", "out") along which a slice of the adapted weight is the method on sliced parameters.
+      replaces: the weight stands in the method's place for its shape alone: ``jlora.factorize`` drops it.
       lookup_only: adapt only the lookups of an embedding, not its use as an output head.
       group: name of the parameters shared by all leaves of this method, or None.
       dropout: rate on the input of a factored branch; active exactly when the tree was bound with a key.
@@ -131,6 +134,7 @@ class Method:
     mergeable: ClassVar[bool] = True
     whole_leaf: ClassVar[bool] = False
     sliceable: ClassVar[frozenset[str]] = frozenset()
+    replaces: ClassVar[bool] = False
     lookup_only: ClassVar[bool] = False
     group: ClassVar[str | None] = None
     dropout: ClassVar[float] = 0.0
@@ -242,6 +246,17 @@ class Method:
         anywhere. ``weight`` and ``forward`` are the same before and after."""
         return p.trainable
 
+    # Ranks (``jlora.rank``, ``jlora.repack``).
+
+    def live(self, p: Params) -> Array | None:
+        """Which terms of rank one are in use: ``[*stack, r]``, zero where not. None for methods of which none can be
+        dropped. ``p`` has the stack axes."""
+
+    def cut(self, p: Params, ranks: tuple[int, ...]) -> tuple[Method, Params]:
+        """This method at a lower rank and the same scale, and its parameters, for all matrices together. ``p`` holds
+        the terms that are kept; ``ranks`` says how many of them each matrix has, the rest being zero."""
+        raise NotImplementedError(f"{type(self).__name__} does not define cut.")
+
     # What people read.
 
     @property
@@ -272,6 +287,15 @@ def check_rank(rank: int, site: Site) -> str | None:
     if rank > min(n_in, n_out):
         return f"rank {rank} is above min(in, out) = {min(n_in, n_out)}; choose a rank of at most {min(n_in, n_out)}"
     return None
+
+
+def at_most(most: int, what: str = "rank") -> str:
+    """What a check says to do about a number that is too large, and 1 at the least."""
+    return (
+        f"choose a {what} of at most {most}"
+        if most > 0
+        else f"no {what} fits: leave it out of the targets, or use Full()"
+    )
 
 
 def unsharded(w: Array) -> Array:

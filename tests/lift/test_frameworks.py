@@ -170,6 +170,7 @@ def test_equinox():
     params, static = eqx.partition(model, eqx.is_array)
     adapted = check(lambda p, ids: jax.vmap(eqx.combine(p, static))(ids), params, IDS)
     assert adapted.sites["head/weight"].axes == jlora.Axes((1,), (0,))  # [out, in], found by tracing
+    assert adapted.sites["embed/weight"].axes.kind == "embedding"  # a row cut out, under two vmaps
 
 
 @jax.custom_vjp
