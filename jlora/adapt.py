@@ -18,6 +18,7 @@ from jlora.lift.usage import usage as trace_usage
 from jlora.methods.base import Method, Site
 from jlora.paths import Pattern
 from jlora.storage import dense, is_abstract, is_stored, one_by_one
+from jlora.tables import table
 from jlora.weight import AdaptedWeight, Axes, Params
 
 ALL_LINEAR = "all-linear"
@@ -568,12 +569,7 @@ def summary(adapted: Adapted) -> str:
         )
     for group in sorted(set(adapted.trainable) - set(adapted.sites)):
         rows.append((f"({group}: shared)", "", "", "", "", "", f"{sizes[group]:,}", "", f"{sizes[group] / total:.1%}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    right = {"rank", "scale", "trainable", "share"}
-    line = lambda row: "  ".join(
-        c.rjust(w) if h in right else c.ljust(w) for c, w, h in zip(row, widths, header, strict=True)
-    ).rstrip()
-    lines = [line(rows[0]), "  ".join("-" * w for w in widths), *map(line, rows[1:])]
+    lines = [table(rows, right=("rank", "scale", "trainable", "share"))]
     base = sum(math.prod(leaf.shape) for leaf in shapes.values())
     lines.append("")
     lines.append(f"trainable {total:,} beside {base:,} of the base ({total / max(base, 1):.2%})")

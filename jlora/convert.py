@@ -18,6 +18,7 @@ from jlora.methods.base import Method, Site
 from jlora.methods.lora import LoRA
 from jlora.methods.whole import Follow, Full
 from jlora.storage import is_abstract, is_stored
+from jlora.tables import table
 from jlora.weight import Params
 
 
@@ -62,15 +63,7 @@ class Conversion:
             error = "exact" if leaf.exact else f"{leaf.error:.2g}"
             rows.append((path, leaf.method, str(high) if low == high else f"{low}..{high}", error))
         rows += [(path, name, "-", "kept") for path, name in self.kept.items()]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        rows.insert(1, tuple("-" * width for width in widths))
-        return "\n".join(
-            "  ".join(f(cell, width) for f, cell, width in zip(_ALIGN, row, widths, strict=True)).rstrip()
-            for row in rows
-        )
-
-
-_ALIGN = (str.ljust, str.ljust, str.rjust, str.rjust)
+        return table(rows, right=("rank", "error"))
 
 
 def to_lora(adapted: Adapted, rank: int | float) -> tuple[Adapted, Conversion]:
@@ -150,6 +143,9 @@ def _leaf(leaf: Any, site: Site, p: Params, rank: int | float) -> tuple[Site, Pa
     pairs, lost, total, exact = [], 0.0, 0.0, True
     for w, own in _matrices(leaf, site, p):
         pair = _own_pair(method, w, own)
+        if pair is not None:
+            acts = pair[0].any(axis=0) & pair[1].any(axis=1)  # what is masked is not part of the rank
+            pair = pair[0][:, acts], pair[1][acts]
         if pair is not None and pair[0].shape[1] <= min(rank if rank >= 1 else 0, n_in, n_out):
             pairs.append(pair)
             continue

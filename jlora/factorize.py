@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jlora import paths
 from jlora.adapt import Adapted, adapt
+from jlora.methods.base import Method
 from jlora.methods.pela import PELA
 from jlora.paths import Pattern
 from jlora.quant.leaf import Quantized
@@ -22,8 +23,8 @@ from jlora.weight import Axes
 
 def factorize(
     params: PyTree,
-    ratio: float = 2.0,
-    targets: Pattern | Sequence[Pattern] = "all-linear",
+    ratio: float | Method | Mapping[Pattern, Method] = 2.0,
+    targets: Pattern | Sequence[Pattern] | None = None,
     *,
     exclude: Pattern | Sequence[Pattern] = (),
     fn: Callable | None = None,
@@ -31,8 +32,10 @@ def factorize(
     usage: Mapping[str, Any] | None = None,
     axes: Mapping[Pattern, Axes] | None = None,
     param_dtype: Any = None,
+    key: jax.Array | None = None,
 ) -> Adapted:
-    """``params`` with the best pairs of low-rank factors in the places of its weights: PELA's conversion.
+    """``params`` with the best pairs of low-rank factors in the places of its weights: PELA's conversion. Or with
+    another method that stands in a weight's place, ``SLTrain`` or ``Maestro``.
 
     >>> small = jlora.factorize(params, ratio=2.0, fn=apply, args=(batch,), exclude="**/head/**")
     >>> logits = jlora.lift(apply)(small.bind(), batch)
@@ -45,12 +48,21 @@ def factorize(
 
     Args:
       ratio: the parameters of a weight of in x out become in out / ratio or a little fewer: the rank is
-        floor(in out / (ratio (in + out))).
+        floor(in out / (ratio (in + out))). Or a method; or rules, pattern -> method, in the place of targets: those of
+        ``jlora.rank.welore``, say.
       targets, exclude, fn, args, usage, axes, param_dtype: as for ``jlora.adapt``.
+      key: for methods that start at random.
+
+    Raises:
+      ValueError: a method that needs the weights.
     """
+    methods = ratio if isinstance(ratio, Method | Mapping) else PELA(ratio)
+    for method in methods.values() if isinstance(methods, Mapping) else (methods,):
+        if not method.replaces:
+            raise ValueError(f"{method} changes weights and cannot do without them: use jlora.adapt for it.")
     made = adapt(
         params,
-        PELA(ratio),
+        methods,
         targets,
         exclude=exclude,
         fn=fn,
@@ -58,7 +70,7 @@ def factorize(
         usage=usage,
         axes=axes,
         param_dtype=param_dtype,
-        key=jax.random.key(0),
+        key=jax.random.key(0) if key is None else key,
     )
     leaves, treedef = paths.flatten(params)
     kept = [_absent(leaf, made.sites[path].axes) if path in made.sites else leaf for path, leaf in leaves]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
@@ -31,14 +32,28 @@ def truncated_svd(
     return fixed_signs(u[:, :rank], s[:rank], vh[:rank])
 
 
+@jax.jit
+def factor_svd(
+    a: Float[Array, "*n m r"], b: Float[Array, "*n r p"]
+) -> tuple[Float[Array, "*n m k"], Float[Array, "*n k"], Float[Array, "*n k p"]]:
+    """All singular triples of ``a @ b``, which is not formed: of the core ``R_a R_b^T`` for ``a = Q_a R_a`` and
+    ``b^T = Q_b R_b``, in O((m + p) r^2). k is the smallest of m, r and p. Signs are those of ``fixed_signs``."""
+    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        qa, ra = jnp.linalg.qr(a.astype(dtype))
+        qb, rb = jnp.linalg.qr(b.astype(dtype).mT)
+        u, s, vh = jnp.linalg.svd(ra @ rb.mT, full_matrices=False)
+        return fixed_signs(qa @ u, s, vh @ qb.mT)
+
+
 def fixed_signs(
-    u: Float[Array, "m k"], s: Float[Array, " k"], vh: Float[Array, "k n"]
-) -> tuple[Float[Array, "m k"], Float[Array, " k"], Float[Array, "k n"]]:
+    u: Float[Array, "*n m k"], s: Float[Array, "*n k"], vh: Float[Array, "*n k p"]
+) -> tuple[Float[Array, "*n m k"], Float[Array, "*n k"], Float[Array, "*n k p"]]:
     """Singular triples with the largest entry of every column of u positive: then they do not depend on the platform's
     choice of signs."""
-    largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=0)[None], axis=0)[0]
+    largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2)
     sign = jnp.where(largest < 0, -1.0, 1.0).astype(u.dtype)
-    return u * sign, s, vh * sign[:, None]
+    return u * sign, s, vh * sign.mT
 
 
 @jax.custom_jvp
@@ -64,3 +79,27 @@ def inverse(m: Float[Array, "*n k k"]) -> Float[Array, "*n k k"]:
 def _inverse_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     inverted = inverse(*primals)
     return inverted, -(inverted @ tangents[0] @ inverted)
+
+
+def rank_from_spectrum(s: Float[np.ndarray, " k"], energy: float | None = 0.95, *, elbow: bool = False) -> int:
+    """How many singular values are worth keeping, on the host; at least one.
+
+    >>> rank_from_spectrum(np.array([3.0, 1.0, 0.1]), energy=0.9)
+    1
+
+    Args:
+      s: singular values, descending.
+      energy: the fewest that hold this share of the sum of all squares; None for no such limit.
+      elbow: no more than those before the point farthest below the line from the first value to the last.
+    """
+    s = np.asarray(s, np.float64)
+    if s.ndim != 1 or not s.size or not np.all(np.isfinite(s)) or np.any(np.diff(s) > 0) or s[-1] < 0:
+        raise ValueError("rank_from_spectrum wants singular values: finite, not negative, in descending order.")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"rank_from_spectrum(energy={energy}): a share in (0, 1] is wanted, 0.9 to 0.99 as a rule.")
+    total, rank = np.cumsum(np.square(s)), len(s)
+    if energy is not None:
+        rank = int(np.searchsorted(total, energy * total[-1] * (1 - 1e-12))) + 1
+    if elbow:
+        rank = min(rank, int(np.argmax(np.linspace(s[0], s[-1], len(s)) - s)))
+    return max(rank, 1)

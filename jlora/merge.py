@@ -78,7 +78,7 @@ def _effective(leaf: jax.Array, p: Params, *, site: Site) -> jax.Array:
     one = lambda w, own: site.method.weight(w, own._replace(shared=p.shared))
     for _ in site.canonical_shape[0]:
         one = jax.vmap(one)
-    w = one(site.axes.to_canonical(leaf).astype(wide), p._replace(shared=None))
+    w = one(jnp.asarray(site.axes.to_canonical(leaf).astype(wide)), p._replace(shared=None))
     return site.axes.from_canonical(w, leaf.shape).astype(leaf.dtype)
 
 

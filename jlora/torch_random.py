@@ -1,6 +1,8 @@
 """Random numbers of PyTorch's CPU generator, for methods whose files name a seed instead of what was drawn from it."""
 
 import functools
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -25,4 +27,20 @@ def randperm(n: int, count: int, seed: int) -> np.ndarray:
     if count == n:
         drawn[-1] = moved.get(n - 1, n - 1)
     drawn.flags.writeable = False
+    return drawn
+
+
+def kaiming_uniform(shapes: Sequence[tuple[int, int]], seed: int) -> list[np.ndarray]:
+    """Matrices [rows, columns] filled by ``torch.nn.init.kaiming_uniform_``, one after the other, from one
+    ``torch.Generator().manual_seed(seed)``: uniform in +-sqrt(6 / columns), float32.
+
+    Of each number of the twister the low 24 bits count. PyTorch multiplies and adds with one rounding where the machine
+    has an instruction for it; where it has not, last bits differ.
+    """
+    twister, drawn = np.random.RandomState(seed % 2**32), []
+    for shape in shapes:
+        bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+        low, high = np.float32(-bound), np.float32(bound)
+        numbers = twister.randint(0, 2**32, size=shape, dtype=np.uint32) & np.uint32(2**24 - 1)
+        drawn.append((numbers * (float(high - low) / 2**24) + float(low)).astype(np.float32))
     return drawn

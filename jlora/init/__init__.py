@@ -14,6 +14,9 @@ not, and so does the output at the start (but LoRA-SB's): what the factors start
 at twice the rank (``jlora/methods/lora.py``). Merging, ``to_lora`` and ``jlora.io.save_peft`` give what fits the
 original weights.
 
+``MagnitudeMask``, ``GradientMask`` and ``SNIPMask`` choose which entries of a weight ``jlora.SHiRA`` trains, the last
+two from data.
+
 Other starts are methods or functions of their own: Nystrom blocks ``NLoRA``, LDU ``LoLDU``, Kronecker ``SoKA``, the
 leading subspace ``LoRAXS``, and what quantizing lost ``jlora.quant.loftq``.
 """
@@ -22,6 +25,9 @@ from jlora.init.corda import CorDA as CorDA
 from jlora.init.eva import EVA as EVA
 from jlora.init.lora_ga import LoRAGA as LoRAGA
 from jlora.init.lora_sb import LoRASB as LoRASB
+from jlora.init.masks import GradientMask as GradientMask
+from jlora.init.masks import MagnitudeMask as MagnitudeMask
+from jlora.init.masks import SNIPMask as SNIPMask
 from jlora.init.olora import OLoRA as OLoRA
 from jlora.init.orthogonal import Orthogonal as Orthogonal
 from jlora.init.singular import MiLoRA as MiLoRA
@@ -39,5 +45,8 @@ STARTS: dict[str, type[Start]] = {
     "corda": CorDA,
     "lora_ga": LoRAGA,
     "lora_sb": LoRASB,
+    "magnitude_mask": MagnitudeMask,
+    "gradient_mask": GradientMask,
+    "snip_mask": SNIPMask,
 }
 """By the names of the command line."""

@@ -222,7 +222,8 @@ def _format(config: Mapping[str, Any], where: str) -> Format:
     if kind not in FORMATS:
         why = {
             "XLORA": " jlora.io.load_xlora reads this one.",
-            "ADAMSS": " This one does not say which outputs a subspace has: PEFT clusters the base anew. Merge it.",
+            "ADAMSS": " This one does not say which outputs a subspace has: PEFT clusters the base anew. Merge it "
+            "there, or convert it there to LoRA (peft.tuners.lora.conversion.convert_to_lora).",
         }
         other = why.get(kind, "")
         raise ValueError(

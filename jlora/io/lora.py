@@ -20,7 +20,7 @@ KaSA beside these   lora_diag [r]                      sigma [r]
 The scale is not stored: alpha / r, or alpha / sqrt(r) with ``use_rslora``, of each module's own r and alpha. aLoRA's
 tensors are those of LoRA; ``alora_invocation_tokens`` in the config tells them apart. ``use_bdlora`` says by the last
 part of a module's name which of its factors has blocks. What KaSA takes from the base weight is in no file: PEFT
-decomposes it again, in float32, and so does this.
+decomposes it again, in float32, and so does this. ALLoRA is written as LoRA, which its result is.
 """
 
 import collections
@@ -36,7 +36,7 @@ import numpy as np
 from jlora.io import matching
 from jlora.io.format import Arrays, Config, Format, Tensors, Written, all_layers
 from jlora.io.layouts import Hint, View
-from jlora.methods import ALoRA, BDLoRA, DoRA, KaSA, LoRA, Method, MonteCLoRA, VeLoRA
+from jlora.methods import ALLoRA, ALoRA, BDLoRA, DoRA, KaSA, LoRA, Method, MonteCLoRA, VeLoRA
 
 _A, _B, _EMBEDDING_A, _EMBEDDING_B = "lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B"
 _MAGNITUDE, _SIGMA, _DIRECTION = "lora_magnitude_vector", "lora_diag", "lora_velora_embed"
@@ -70,7 +70,7 @@ class LoraFormat(Format):
     """LORA."""
 
     peft_type = "LORA"
-    methods = (LoRA, DoRA, ALoRA, BDLoRA, KaSA, VeLoRA, MonteCLoRA)
+    methods = (LoRA, DoRA, ALLoRA, ALoRA, BDLoRA, KaSA, VeLoRA, MonteCLoRA)
     suffixes = (_A, _B, _EMBEDDING_A, _EMBEDDING_B, _MAGNITUDE, _SIGMA, _DIRECTION, _STD, _MIXTURE, _VARIANCE, _WEIGHTS)
     offset = "lora_B.bias"
     beside_tokens = True
@@ -227,6 +227,7 @@ class LoraFormat(Format):
     def write(
         self, method: Method, layer: int | None, view: View, arrays: Arrays, weight: Callable[[], np.ndarray]
     ) -> Written | None:
+        method = method.as_lora() if isinstance(method, ALLoRA) else method
         rank, alpha = method.rank, method.alpha
         if layer is not None and isinstance(method, LoRA) and method.varies:
             rank = method.ranks[layer] if method.ranks else rank

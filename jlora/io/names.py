@@ -13,7 +13,7 @@ from jlora.storage import is_stored
 from jlora.weight import Axes
 
 # Segments of a name that a layer's (or an expert's) number follows.
-CONTAINERS = ("layers", "layer", "h", "blocks", "block", "experts")
+CONTAINERS = ("layers", "layer", "h", "blocks", "block", "experts", "stages")
 _WEIGHTS = (*KERNELS, *TABLES, "weight", "scale")
 _PARAMS = dict.fromkeys(_WEIGHTS, "weight") | {"bias": "bias", "b": "bias"}
 _NUMBERED = re.compile(rf"({'|'.join(CONTAINERS)})_(\d+)")

@@ -13,8 +13,8 @@ class PveraFormat(VeraFormat):
     methods = (PVeRA,)
     suffixes = ("pvera_lambda_d", "pvera_lambda_b")
     shared = ("pvera_A", "pvera_B")
-    fields = frozenset("r d_initial pvera_dropout save_projection".split())
-    inert = frozenset("init_weights projection_prng_key sample_at_inference generator_seed".split())
+    fields = frozenset("r d_initial pvera_dropout save_projection projection_prng_key".split())
+    inert = frozenset("init_weights sample_at_inference generator_seed".split())
 
     def inner(self, rank: int) -> int:
         return 2 * rank

@@ -18,7 +18,7 @@ from jlora.io.formats import FORMATS
 from jlora.io.layouts import View, to_torch, view
 from jlora.io.names import Names, Place, Tree
 from jlora.io.tokens import BESIDE
-from jlora.methods import Site, TrainableTokens
+from jlora.methods import AdaMSS, FRoD, Method, Site, TrainableTokens, XLoRA
 from jlora.methods.whole import Follow, Offset
 from jlora.weight import Params
 
@@ -126,15 +126,34 @@ def _format(matrices: dict[str, Site]) -> Format:
         )
     by_method = {method: fmt for fmt in FORMATS.values() for method in fmt.methods}
     kinds = {type(site.method): path for path, site in matrices.items()}
-    unknown = [f"{path!r} has {kind.__name__}" for kind, path in kinds.items() if kind not in by_method]
-    if unknown:
-        known = sorted(method.__name__ for method in by_method)
-        raise ValueError(f"{unknown[0]}, which is not written as a PEFT file; {known} are. jlora.merge takes all.")
+    for kind, path in kinds.items():
+        if kind not in by_method:
+            raise ValueError(f"{path!r} has {kind.__name__}, which is not written as a PEFT file{_instead(kind)}")
     formats = {by_method[kind].peft_type: by_method[kind] for kind in kinds}
     if len(formats) > 1:
         found = ", ".join(f"{kind.__name__} ({path!r})" for kind, path in kinds.items())
         raise ValueError(f"A PEFT file holds one kind of adapter, and here are {found}. jlora.merge takes all.")
     return next(iter(formats.values()))
+
+
+_WHY_NOT = {
+    XLoRA: "it is several adapters and a classifier",
+    FRoD: "PEFT takes V from a file and keeps the U of another V beside it, which it finds itself, signs and all",
+    AdaMSS: "a file does not say which outputs a subspace has, and PEFT clusters the base anew, from random numbers",
+}
+
+
+def _instead(kind: type[Method]) -> str:
+    """Why a method is not written, and what to do."""
+    why = f": {_WHY_NOT[kind]}. " if kind in _WHY_NOT else ". "
+    if kind is XLoRA:
+        return f"{why}jlora.io.save_xlora writes them."
+    if kind.mergeable is False:
+        return f"{why}It acts on activations, so no LoRA does the same either: keep adapted.trainable in a checkpoint."
+    return (
+        f"{why}jlora.to_lora(adapted, rank=...) makes plain LoRA of it, which is, and says what is lost (on the "
+        "command line jlora convert RUN --to lora); jlora.merge loses nothing."
+    )
 
 
 def _warn_of_tied(tree: Tree, matrices: dict[str, Site]) -> None:

@@ -1,5 +1,8 @@
 """``peft_type`` VERA: ``vera_lambda_d`` [r] and ``vera_lambda_b`` [out] of each module, and one pair of projections,
 ``vera_A`` [r, max in] and ``vera_B`` [max out, r], for all. d and b are what jlora calls them; a = A^T, b = B^T.
+
+A file without the projections (``save_projection`` false) has the seed from which PyTorch drew them, A first; they are
+drawn again here, to the same bits (``jlora/torch_random.py``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +13,7 @@ import numpy as np
 from jlora.io.format import Arrays, Config, Format, Tensors, Written
 from jlora.io.layouts import Hint, View
 from jlora.methods import Method, VeRA
+from jlora.torch_random import kaiming_uniform
 
 
 class VeraFormat(Format):
@@ -19,8 +23,8 @@ class VeraFormat(Format):
     methods = (VeRA,)
     suffixes = ("vera_lambda_d", "vera_lambda_b")
     shared = ("vera_A", "vera_B")
-    fields = frozenset("r d_initial vera_dropout save_projection".split())
-    inert = frozenset("init_weights projection_prng_key".split())
+    fields = frozenset("r d_initial vera_dropout save_projection projection_prng_key".split())
+    inert = frozenset({"init_weights"})
 
     @property
     def _method(self) -> type[VeRA]:
@@ -50,15 +54,17 @@ class VeraFormat(Format):
         return {"d": tensors[self.suffixes[0]], "b": tensors[self.suffixes[1]]}
 
     def read_shared(self, config: Config, views: Sequence[View], tensors: Tensors) -> dict[str, Arrays]:
+        rank = config.get("r", 256)
+        n_in, n_out = max(view.n_in for view in views), max(view.n_out for view in views)
+        if not tensors and not config.get("save_projection", True):
+            a, b = kaiming_uniform([(self.inner(rank), n_in), (n_out, rank)], config.get("projection_prng_key", 0))
+            return {self._method.group: {"a": a.T, "b": b.T}}
         if set(tensors) != set(self.shared):
             raise ValueError(
-                f"it lacks the shared projections {sorted(set(self.shared) - set(tensors))} (save_projection="
-                f"{str(config.get('save_projection', True)).lower()}). Without them the file stands for random numbers "
-                "of PyTorch's own generator, which JAX does not have. Load it with PEFT, set save_projection=True in "
-                "its config and save it again"
+                f"it lacks the shared projections {sorted(set(self.shared) - set(tensors))}, and its config says "
+                f"save_projection={str(config.get('save_projection', True)).lower()}: fetch it again"
             )
-        (a, b), rank = (tensors[name] for name in self.shared), config.get("r", 256)
-        n_in, n_out = max(view.n_in for view in views), max(view.n_out for view in views)
+        a, b = (tensors[name] for name in self.shared)
         # The projections may be larger than what these modules use: each takes the leading part.
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != self.inner(rank) or b.shape[1] != rank:
             raise ValueError(f"its projections are {a.shape} and {b.shape}; the rank of the config is {rank}")

@@ -23,11 +23,14 @@ from jlora import paths
 from jlora.adapt import Adapted
 from jlora.io import files
 from jlora.io.load import load_peft
-from jlora.io.names import Names, Tree
+from jlora.io.names import Names, Place, Tree
+from jlora.io.save import save_peft
 from jlora.methods import xlora
 from jlora.weight import Axes
 
 _LAYER = re.compile(r"(?:base_model\.)?internal_xlora_classifier\.layers\.(\d+)\.(weight|bias)")
+_KEY = "base_model.internal_xlora_classifier.layers.{}.{}"
+_EVERY = 3  # a linear layer, its ReLU and its dropout
 _MODULE = re.compile(r"(?:base_model\.(?:model\.)?)?(.+)\.lora_(?:embedding_)?A\b.*")
 # The parts of Llama, Mistral, Qwen and Gemma, as transformers defines them.
 _DEFINED = (
@@ -65,7 +68,7 @@ def load_xlora(
       directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
       params, names, axes, usage: as for ``load_peft``.
       adapters: the directories of the adapters, in the config's order; by default those that the config names, looked
-        for where it says and beside ``directory``.
+        for where it says, beside ``directory`` and in it.
       order: where every matrix has scalings of its own: the names of the adapted modules in the order in which the
         PyTorch model defines them, ``[name for name, _ in model.named_modules()]`` or a part of it. Not needed for
         models with the modules of Llama.
@@ -105,13 +108,86 @@ def load_xlora(
     return adapted, classifier, jax.tree.map(jnp.asarray, tuple(weights))
 
 
+def save_xlora(
+    adapted: Adapted,
+    classifier: xlora.Classifier,
+    weights: Sequence[Mapping[str, jax.Array]],
+    directory: str | os.PathLike[str],
+    *,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+    names: Names | None = None,
+    order: Sequence[str] | None = None,
+    dtype: Any = None,
+) -> None:
+    """Write an X-LoRA for PEFT, and for ``load_xlora``: the classifier's two files and, in directories 0, 1, ... below,
+    those of its adapters.
+
+    >>> jlora.io.save_xlora(adapted, classifier, weights, "xlora", task_type="CAUSAL_LM")
+
+    The config names the directories of the adapters as ``directory`` is given, and PEFT looks for them there. Layers
+    that an adapter leaves alone in a stack of which it adapts others get a pair of zeros.
+
+    Args:
+      adapted: of ``xlora.combine`` or ``load_xlora``, with XLoRA on all its leaves.
+      classifier, weights: what gives the scalings, and its parameters.
+      base_model_name_or_path, task_type, names, dtype: as for ``save_peft``.
+      order: as for ``load_xlora``.
+
+    Raises:
+      ValueError: PEFT's format has no way to say this. The classifier's files, which are written last, are not then.
+    """
+    directory, each = pathlib.Path(directory), xlora.split(adapted)
+    if (len(each), classifier.layers or xlora.layers(adapted)) != (classifier.adapters, xlora.layers(adapted)):
+        raise ValueError(
+            f"{classifier} does not go with {len(each)} adapters of {xlora.layers(adapted)} matrices: "
+            "Classifier(adapters=..., layers=xlora.layers(adapted)) does, or layers=None."
+        )
+    found = [(layer["kernel"].shape, layer["bias"].shape) for layer in weights]
+    wanted = [((n_in, n_out), (n_out,)) for n_in, n_out in zip(classifier.sizes, classifier.sizes[1:], strict=False)]
+    if found != wanted:
+        raise ValueError(f"The classifier's kernels and biases have the shapes {found}; {wanted} are wanted.")
+    layers = [{name: np.asarray(leaf) for name, leaf in layer.items()} for layer in weights]
+    tree = Tree(adapted.base, names, known={path: site.axes for path, site in adapted.sites.items()})
+    modules = [place.module for place in _places(adapted, tree)]
+    if classifier.layers is not None:
+        layers[-1] = _permuted(layers[-1], modules, _in_order(set(modules), order), len(each))
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    tensors = {}
+    for i, layer in enumerate(layers):
+        tensors[_KEY.format(_EVERY * i, "weight")] = layer["kernel"].T.astype(dtype)
+        tensors[_KEY.format(_EVERY * i, "bias")] = layer["bias"].astype(dtype)
+    config = {theirs: getattr(classifier, ours) for theirs, ours in _FIELDS.items()} | {
+        "peft_type": "XLORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model_name_or_path,
+        "inference_mode": False,
+        "hidden_size": classifier.features,
+        "adapters": {str(e): os.fspath(directory / str(e)) for e in range(len(each))},
+        "layerwise_scalings": classifier.layers is not None,
+        "use_trainable_adapters": False,
+        "scaling_pass_value": 0.0,
+    }
+    for e, one in enumerate(each):
+        save_peft(
+            one,
+            directory / str(e),
+            base_model_name_or_path=base_model_name_or_path,
+            task_type=task_type,
+            names=names,
+            dtype=dtype,
+        )
+    files.write(directory, config, tensors)
+
+
 def _directories(directory: pathlib.Path, config: Mapping[str, Any], adapters: Any) -> list[pathlib.Path]:
     named = list((config.get("adapters") or {}).values())
     if adapters is not None:
         if len(adapters) != len(named):
             raise ValueError(f"{directory} mixes {len(named)} adapters, {named}; adapters= gives {len(adapters)}.")
         return list(map(pathlib.Path, adapters))
-    places = [(pathlib.Path(name), directory.parent / name) for name in named]
+    inside = lambda name: directory / pathlib.Path(name).name
+    places = [(pathlib.Path(name), directory.parent / name, inside(name)) for name in named]
     for name, options in zip(named, places, strict=True):
         if not any(path.is_dir() for path in options):
             raise FileNotFoundError(f"{directory} mixes the adapter {name!r}, which is not there: pass adapters=[...].")
@@ -160,18 +236,33 @@ def _reordered(
 ) -> dict[str, np.ndarray]:
     """The last layer with its outputs in the order of ``xlora.spread``; zeros for an index of a stack that no adapter
     adapts."""
-    places = [place for path in adapted.sites for place in tree.by_path[path]]
-    number = {module: i for i, module in enumerate(modules)}
     sizes = {leaf.shape[-1] for leaf in layer.values()}
-    if any(place.bare for place in places) or sizes != {len(modules) * n}:
+    if sizes != {len(modules) * n}:
         raise ValueError(
             f"The last layer of the classifier has {sizes} outputs, where {n} for each of {len(modules)} modules are "
-            "wanted. (X-LoRA does not mix what is adapted of bare parameters.)"
+            "wanted."
         )
+    return _permuted(layer, modules, [place.module for place in _places(adapted, tree)], n)
+
+
+def _places(adapted: Adapted, tree: Tree) -> list[Place]:
+    """The adapted modules in the order of ``xlora.spread``."""
+    places = [place for path in adapted.sites for place in tree.by_path[path]]
+    bare = next((place for place in places if place.bare), None)
+    if bare is not None:
+        raise ValueError(f"{bare.path!r} is a bare parameter to PyTorch, {bare.name}, and X-LoRA mixes none of these.")
+    return places
+
+
+def _permuted(
+    layer: Mapping[str, np.ndarray], given: Sequence[str], wanted: Sequence[str], n: int
+) -> dict[str, np.ndarray]:
+    """A layer whose outputs are n for each of the given modules, as n for each of those wanted; zeros for the new."""
+    number = {module: i for i, module in enumerate(given)}
 
     def one(leaf: np.ndarray) -> np.ndarray:
-        own = leaf.reshape(*leaf.shape[:-1], len(modules), n)
+        own = leaf.reshape(*leaf.shape[:-1], len(given), n)
         own = np.concatenate([own, np.zeros_like(own[..., :1, :])], axis=-2)
-        return own[..., [number.get(place.module, -1) for place in places], :].reshape(*leaf.shape[:-1], -1)
+        return own[..., [number.get(module, -1) for module in wanted], :].reshape(*leaf.shape[:-1], -1)
 
-    return {name: one(leaf) for name, leaf in layer.items()}
+    return {name: one(np.asarray(leaf)) for name, leaf in layer.items()}

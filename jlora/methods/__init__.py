@@ -13,6 +13,7 @@ from jlora.methods.base import Site as Site
 if TYPE_CHECKING:
     from jlora.methods.adalora import AdaLoRA as AdaLoRA
     from jlora.methods.adamss import AdaMSS as AdaMSS
+    from jlora.methods.allora import ALLoRA as ALLoRA
     from jlora.methods.alora import ALoRA as ALoRA
     from jlora.methods.bdlora import BDLoRA as BDLoRA
     from jlora.methods.boft import BOFT as BOFT
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from jlora.methods.lola import LoLA as LoLA
     from jlora.methods.loldu import LoLDU as LoLDU
     from jlora.methods.lora import LoRA as LoRA
+    from jlora.methods.maestro import Maestro as Maestro
     from jlora.methods.markboard import MarkBoard as MarkBoard
     from jlora.methods.middle import FLoRA as FLoRA
     from jlora.methods.middle import IntTune as IntTune
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from jlora.methods.road import RoAd as RoAd
     from jlora.methods.salt import SALT as SALT
     from jlora.methods.shira import SHiRA as SHiRA
+    from jlora.methods.sltrain import SLTrain as SLTrain
     from jlora.methods.soka import SoKA as SoKA
     from jlora.methods.sora import SoRA as SoRA
     from jlora.methods.spectral import PSOFT as PSOFT
@@ -141,6 +144,8 @@ _WHERE = {  # name: file and class
     "tinylora": "spectral.TinyLoRA",
     "supertuning": "supertuning.SuperTuning",
     "pela": "pela.PELA",
+    "sltrain": "sltrain.SLTrain",
+    "maestro": "maestro.Maestro",
     "conv_lora": "kernel.ConvLoRA",
     "cp_lora": "kernel.CPLoRA",
     "tucker_lora": "kernel.TuckerLoRA",
@@ -167,6 +172,7 @@ _WHERE = {  # name: file and class
     "bd_lora": "bdlora.BDLoRA",
     "kasa": "kasa.KaSA",
     "velora": "velora.VeLoRA",
+    "allora": "allora.ALLoRA",
     "monteclora": "monteclora.MonteCLoRA",
     "full": "whole.Full",
     "offset": "whole.Offset",

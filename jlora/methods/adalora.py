@@ -10,8 +10,9 @@ a matrix, r the rank before any of it is taken away.
 
 * A and B are normal with deviation 0.02, e starts at 0, so the output starts as the base's. That A and B have nearly
   orthonormal columns and rows, which gives e its meaning, is the business of a penalty on the training loss.
-* This file is the form alone. A budget is kept by writing zeros into e, which leaves a term its gradient and so its way
-  back. m is for ranks that are final: a term with m = 0 is out, and gets no gradient at all. It starts as ones.
+* This file is the form alone; ``jlora.rank.adalora`` allocates. A budget is kept by writing zeros into e, which leaves
+  a term its gradient and so its way back. m is for ranks that are final: a term with m = 0 is out, gets no gradient at
+  all, and is dropped by ``jlora.repack``. It starts as ones; other allocators weigh terms by it.
 * s keeps the first r, whatever is left of it, as PEFT does. An alpha of 0 or less stands for alpha = r.
 
 When to use it: with an allocator, for one budget of rank over matrices of unlike importance. Without one it is LoRA
@@ -84,6 +85,13 @@ class AdaLoRA(Method):
     def factors(self, w: Float[Array, "in out"], p: Params) -> Factors:
         a, e, b = (p.trainable[name] for name in ("a", "e", "b"))
         return Factors(a, b * (e * p.frozen["mask"].astype(e.dtype))[:, None], self.scale)
+
+    def live(self, p: Params) -> Array:
+        return p.frozen["mask"]
+
+    def cut(self, p: Params, ranks: tuple[int, ...]) -> tuple[AdaLoRA, Params]:
+        rank = p.frozen["mask"].shape[-1]
+        return dataclasses.replace(self, rank=rank, alpha=self.scale * (rank + 1e-5)), p
 
     def describe(self) -> dict[str, str]:
         return {"rank": f"<={self.rank}", "scale": f"{self.scale:g}"}

@@ -64,7 +64,8 @@ class ALoRA(LoRA):
     def check(self, site: Site) -> str | None:
         if site.axes.kind != "linear":
             return (
-                f"aLoRA wants to know which token an activation is of, and a weight of kind {site.axes.kind!r} does not"
+                f"aLoRA wants to know which token an activation is of, and a weight of kind {site.axes.kind!r} does "
+                "not; use LoRA for this leaf"
             )
         return super().check(site)
 

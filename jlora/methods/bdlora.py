@@ -122,7 +122,7 @@ class BDLoRA(Method):
             h = dot.einsum("...np,npk->...nk", cut(x), a.reshape(n, -1, a.shape[1]))
             return y + dot.outer(h.reshape(*x.shape[:-1], -1).astype(x.dtype) * self.scale, b), None
         h = cut(dot.inner(x, a) * self.scale)
-        branch = dot.einsum("...nk,knq->...nq", h, b.reshape(len(b), n, -1)).reshape(y.shape)
+        branch = dot.einsum("...nk,nkq->...nq", h, b.reshape(len(b), n, -1).swapaxes(0, 1)).reshape(y.shape)
         return y + branch.astype(y.dtype), None
 
     def describe(self) -> dict[str, str]:

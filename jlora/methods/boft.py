@@ -98,7 +98,7 @@ class BOFT(Method):
                 most += 1
         if self.levels > most:
             return (
-                f"levels {self.levels} wants blocks of even size, and a multiple of {2 ** (self.levels - 1)} of them; "
+                f"levels {self.levels} wants blocks of even size, and a multiple of 2^{self.levels - 1} of them; "
                 f"{n_in} inputs are {n} blocks of {size}, which allow {most}"
             )
         return None

@@ -73,7 +73,9 @@ class Branches(Method):
         require(0.0 <= self.dropout < 1.0, f"{self.name}(dropout={self.dropout}): a rate in [0, 1) is wanted.")
 
     def check(self, site: Site) -> str | None:
-        return check_rank(max(self.ranks.values()), site)
+        name, rank = max(self.ranks.items(), key=lambda item: item[1])
+        problem = check_rank(rank, site)
+        return problem and f"{name}: {problem}"
 
     def init_pair(self, name: str, key: Any, w: Array, site: Site, dtype: Any) -> Factors:
         """The start of a branch."""

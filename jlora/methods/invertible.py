@@ -136,7 +136,7 @@ class Invertible(Method):
         if site.axes.kind == "conv":
             return "invertible adapters are for embeddings and products, not for convolutions; use Bottleneck"
         if site.canonical_shape[2] < 2:
-            return "one output has no halves"
+            return "one output has no halves; leave it out of the targets, or use Bottleneck"
         return None
 
     def nets(self, n_out: int) -> dict[str, tuple[int, int, int]]:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jlora.factors import Factors
-from jlora.methods.base import Method, Site, dropout, require, unsharded
+from jlora.methods.base import Method, Site, at_most, dropout, require, unsharded
 from jlora.methods.lora import LoRA
 from jlora.weight import Context, Dot, Params
 
@@ -71,7 +71,7 @@ class KaSA(Method):
     def check(self, site: Site) -> str | None:
         most = min(site.canonical_shape[1:]) - 1
         if self.rank > most:
-            return f"rank {self.rank} leaves nothing of a weight of rank {most + 1}; choose a rank of at most {most}"
+            return f"rank {self.rank} leaves nothing of a weight of rank {most + 1}; {at_most(most)}"
         return None
 
     def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:

@@ -69,8 +69,11 @@ class Lily(Method):
             )
 
     def check(self, site: Site) -> str | None:
-        if site.axes.kind == "conv":
-            return "Lily's mixture is one for all rows of a batch, and a convolution has none; use LoRA for this leaf"
+        if site.axes.kind != "linear":
+            return (
+                "Lily's mixture is one for all rows that enter a product, which a weight of kind "
+                f"{site.axes.kind!r} does not have; use LoRA for this leaf"
+            )
         return None
 
     def blocks(self, sites: dict[str, Site]) -> dict[tuple[int, int], int]:

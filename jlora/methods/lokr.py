@@ -168,15 +168,17 @@ class LoKr(Method):
         *rows, features = jax.typeof(x).sharding.spec
         x = x if features is None else jax.reshard(x, PartitionSpec(*rows, None))  # the two axes would cut it anew
         h = x.reshape(*x.shape[:-1], first[0].shape[0], second[0].shape[0])
-        one = [("...mn,ml->...ln", piece) for piece in first]
-        two = [("...mn,nk->...mk", piece) for piece in second]
+        times = lambda h, piece: dot.einsum("...n,nk->...k", h.astype(x.dtype), piece)
+        swapped = lambda h, piece: times(h.swapaxes(-2, -1), piece).swapaxes(-2, -1)
+        one = [(swapped, piece) for piece in first]
+        two = [(times, piece) for piece in second]
         (i1, i2), (o1, o2) = h.shape[-2:], (first[-1].shape[1], second[-1].shape[1])
         if len(two) > 1:
             steps = [two[0], *one, two[1]]
         else:
             steps = two + one if i1 * o2 * (i2 + o1) <= i2 * o1 * (i1 + o2) else one + two
-        for subscripts, piece in steps:
-            h = dot.einsum(subscripts, h.astype(x.dtype), piece)
+        for act, piece in steps:
+            h = act(h, piece)
         return y + (self.scale * h.reshape(*x.shape[:-1], -1)).astype(y.dtype)
 
     def _rows(self, dot: Dot, ids: Array, p: Params) -> Float[Array, "... o1 o2"]:

@@ -141,7 +141,11 @@ class LoRA(Method):
         if self.varies:
             stack, given = site.canonical_shape[0], {len(v) for v in (self.ranks, self.alphas) if v is not None}
             if len(stack) != 1 or given != {stack[0]}:
-                return f"ranks and alphas want one entry for each index of a single stack axis; the stack is {stack}"
+                wanted = f"{stack[0]} of them" if len(stack) == 1 else "no such lists"
+                return (
+                    f"ranks and alphas have one entry for each index of a single stack axis, and the stack is {stack}; "
+                    f"{wanted} are wanted here, or one rank and alpha for all"
+                )
         return check_rank(self.rank, site) or (self.start and self.start.check(self.rank, site))
 
     def check_stats(self, site: Site, stats: Any) -> str | None:
@@ -195,6 +199,26 @@ class LoRA(Method):
         if not self.varies:
             return p.trainable
         return Factors(p.trainable.a, p.trainable.b * p.frozen["scale"].astype(p.trainable.b.dtype))
+
+    def live(self, p: Params) -> Array | None:
+        if type(self) is not LoRA or self.subtracts:
+            return None
+        return jnp.any(p.trainable.a != 0, axis=-2) | jnp.any(p.trainable.b != 0, axis=-1)
+
+    def cut(self, p: Params, ranks: tuple[int, ...]) -> tuple[LoRA, Params]:
+        f, stack = p.trainable, p.trainable.a.shape[:-2]
+        scales = [self.scale_of(*own) for own in self.per_index(math.prod(stack))]
+        root = math.sqrt if self.rslora else float
+        alphas = [scale * root(r) if r else self.alpha for scale, r in zip(scales, ranks, strict=True)]
+        rank = max(ranks)
+        changes: dict[str, Any] = {"rank": rank, "alpha": alphas[ranks.index(rank)], "ranks": None, "alphas": None}
+        if len(stack) == 1 and (self.varies or len(set(ranks)) > 1):
+            changes |= {"ranks": ranks, "alphas": tuple(alphas)}
+        method = dataclasses.replace(self, **changes)
+        if not method.varies:
+            return method, Params(Factors(f.a, f.b, method.scale))
+        own = [method.scale_of(*own) for own in method.per_index(stack[0])]
+        return method, Params(Factors(f.a, f.b), {"scale": jnp.asarray(own, f.b.dtype)})
 
     def describe(self) -> dict[str, str]:
         if self.varies:

@@ -16,9 +16,20 @@ W [in, out] frozen; for each bit i and each of its states v, A_{i,v} [in, r] and
   the other branches, the columns of bit i at i r. Another signature changes only the columns of the bits that differ.
 * ``verify`` reads the bits of a suspect model from its answers to the trigger sets. No weights are needed.
 
+* ``obfuscate(copy, key)`` ties a copy's branches to its base, so that taking them off costs the model its performance.
+  With A [in, R] and B [R, out] the pair of the copy, R = r n, U and V orthonormal bases of A's columns and B's rows,
+  and Q and G [R, R] random orthogonal matrices:
+
+.. math::  \tilde W = W - c\,U Q V^\top, \qquad \tilde A = U G, \quad
+    s \tilde B = G^\top (s\,U^\top A B + c\,Q V^\top), \qquad \tilde W + s \tilde A \tilde B = W + s A B
+
+  The function, its rank and its files stay what they were. W~ alone lacks a matrix ``strength`` times as large as W,
+  and every column of the pair holds a part of every bit and of what W~ lacks, which are in the same subspaces.
+
 Derived from the abstract and unverified, since neither code nor the full text was found: two branches a bit (or one, on
-or off), and training each alone. The paper's obfuscation of parameters, which ties the branches to the base's weights,
-is not here; merging the copy (``jlora.merge``) ties them in its own way.
+or off), training each alone, and the form of the obfuscation, of which the abstract says only that it entangles the
+watermark with the base. It does not hold against somebody who has W itself. Merging a copy (``jlora.merge``) ties them,
+too, and leaves no branch to take off.
 
 When to use it: many copies of one model, each of which has to be told apart from its answers.
 """
@@ -27,14 +38,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from jlora.methods.base import require
+from jlora import paths
+from jlora.factors import Factors
+from jlora.methods.base import check_rank, require
 from jlora.methods.branches import Branches, Strength, pick
+from jlora.methods.lora import LoRA
+from jlora.storage import is_stored
+
+if TYPE_CHECKING:
+    from jlora.adapt import Adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,3 +151,59 @@ def verify(
         shares.append((got == wanted).reshape(len(wanted), -1).all(axis=1).mean())
     shares = np.array(shares)
     return (shares >= threshold).astype(int), shares
+
+
+def obfuscate(copy: Adapted, key: PRNGKeyArray, strength: float = 2.0) -> Adapted:
+    """A copy with its branches tied to its base: the same function, from damaged weights. See the top of this file.
+
+    >>> copy = markboard.obfuscate(jlora.rank.choose(adapted, {"signature": bits}), key)
+
+    Hand out ``copy.base`` and the adapter (``jlora.io.save_peft``). In a base of low precision the damaged weights are
+    rounded as the weights themselves were, in proportion to their size.
+
+    Args:
+      copy: what ``jlora.rank.choose`` gave: plain LoRA.
+      key: of Q and G, another for each copy.
+      strength: size of what is taken out over that of the weight, by Frobenius norms. It lies in R of the weight's
+        directions: where few of many are adapted, only values above 1 do damage. Precision is lost in proportion.
+    """
+    require(strength > 0, f"obfuscate(strength={strength}): a positive number is wanted, 1 to 8 as a rule.")
+    leaves, treedef = paths.flatten(copy.base)
+    base, trainable = dict(leaves), dict(copy.trainable)
+    for path, site in copy.sites.items():
+        if type(site.method) is not LoRA or path in copy.frozen:
+            raise ValueError(
+                f"{path!r} has {site.method}: plain LoRA is obfuscated, as jlora.rank.choose(adapted, "
+                "{'signature': bits}) makes it."
+            )
+        pair, problem = copy.trainable[path], check_rank(copy.trainable[path].rank, site)
+        require(problem is None, f"{path!r} {site.shape}: {problem}.")
+        require(
+            bool(pair.a.any((-2, -1)).all() and pair.b.any((-2, -1)).all()),
+            f"{path!r}: a factor of its pair is zero, and nothing can be tied to it. Train the branches first.",
+        )
+        if is_stored(base[path]):
+            raise ValueError(
+                f"{path!r} is quantized, and what is taken out of it would be rounded: dequantize it first."
+            )
+        entangle = lambda key, w, f: _entangled(key, w, f, strength)
+        keys = paths.fold_path(key, path)
+        if stack := site.canonical_shape[0]:
+            keys = jax.random.split(keys, stack)
+            for _ in stack:
+                entangle = jax.vmap(entangle)
+        w, trainable[path] = entangle(keys, site.axes.to_canonical(base[path]), pair)
+        base[path] = site.axes.from_canonical(w, site.shape).astype(base[path].dtype)
+    return copy.replace(base=jax.tree.unflatten(treedef, [base[path] for path, _ in leaves]), trainable=trainable)
+
+
+def _entangled(key: PRNGKeyArray, w: Float[Array, "in out"], f: Factors, strength: float) -> tuple[Array, Factors]:
+    """W~ and the pair beside it."""
+    wide = jnp.promote_types(w.dtype, f.a.dtype)
+    a, b, w = f.a.astype(wide), f.b.astype(wide), w.astype(wide)
+    q, g = (jax.random.orthogonal(k, f.rank, dtype=wide) for k in jax.random.split(key))
+    u, v = jnp.linalg.qr(a)[0], jnp.linalg.qr(b.T)[0]
+    c = strength * jnp.linalg.norm(w) * f.rank**-0.5
+    taken = c * q @ v.T
+    pair = Factors((u @ g).astype(f.a.dtype), (g.T @ (u.T @ a @ b + taken / f.scale)).astype(f.b.dtype), f.scale)
+    return w - u @ taken, pair

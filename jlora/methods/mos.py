@@ -95,9 +95,8 @@ class MoS(Method):
             public = (self.budget - self.private) * n
             require(
                 public >= self.rank - self.private,
-                f"MoS(rank={self.rank}, budget={self.budget}, private={self.private}): {n} of {n_in} x {n_out} "
-                f"share {public} public rows, and each wants {self.rank - self.private}; a rank of at most "
-                f"{public + self.private} is.",
+                f"{_like(sites, (n_in, n_out))}: {n} matrices of {n_in} x {n_out} share {public} public rows, and each "
+                f"wants {self.rank - self.private}; choose a rank of at most {public + self.private} ({self}).",
             )
         return sizes
 
@@ -151,3 +150,9 @@ class MoS(Method):
 
     def describe(self) -> dict[str, str]:
         return {"rank": str(self.rank), "scale": f"{self.scale:g}"}
+
+
+def _like(sites: dict[str, Site], shape: tuple[int, int]) -> str:
+    """The first leaf with matrices of this shape, as errors name one."""
+    path, site = next((path, site) for path, site in sites.items() if site.canonical_shape[1:] == shape)
+    return f"{path!r} {site.shape}"

@@ -72,7 +72,7 @@ class NeRA(Method):
 
     def check(self, site: Site) -> str | None:
         if site.axes.kind != "linear":
-            return f"NeRA bends the inputs of a product, and this leaf is an {site.axes.kind}'s; use LoRA for it"
+            return f"NeRA bends the inputs of a product, and this leaf is of kind {site.axes.kind!r}; use LoRA for it"
         return check_rank(self.rank, site)
 
     def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:

@@ -12,6 +12,7 @@ as the base's. Trained: (m - k) (in + out + 1) a matrix, which may be more than 
 
 * The strongest directions carry what a model has learned: W' maps the span of A_h on that of B_h as W does, whatever
   is trained. After a task, merge and ``adapt`` again, and the new task is held off from what matters by then.
+  ``jlora.rank.sculpting`` gives each weight a k of its own for a task, as the paper does.
 * The constraint is part of the formula, so it holds under every optimizer, and gradients are projected by themselves;
   ``project`` moves the parameters themselves to where they count. Without ``constrained``, as in PEFT, only gradients
   are projected, and Adam, momentum and weight decay leave the subspace: PEFT's files are read as that.
@@ -36,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jlora.factors import Factors
-from jlora.methods.base import Method, Site, laid_as, require, unsharded
+from jlora.methods.base import Method, Site, at_most, laid_as, require, unsharded
 from jlora.weight import Context, Dot, Params
 
 
@@ -72,7 +73,8 @@ class OSF(Method):
         _, n_in, n_out = site.canonical_shape
         if self.kept_of(n_in, n_out) >= min(n_in, n_out):
             most = min(n_in, n_out) - 1
-            return f"kept={self.kept} leaves none of the {most + 1} singular directions to train; keep at most {most}"
+            of = f"kept={self.kept} leaves none of the {most + 1} singular directions to train"
+            return f"{of}; {at_most(most, 'kept')}"
         return None
 
     def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:

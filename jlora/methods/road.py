@@ -102,7 +102,7 @@ class RoAd(Method):
     def check(self, site: Site) -> str | None:
         n_out = site.canonical_shape[2]
         if n_out % 2:
-            return f"{n_out} outputs have no pairs; RoAd wants an even number"
+            return f"{n_out} outputs have no pairs; leave it out of the targets, or use IA3, which wants none"
         if n_out % self.group_size:
             nearest = 2 * nearest_divisor(n_out // 2, self.group_size // 2)
             return f"group_size {self.group_size} does not divide {n_out} outputs; the nearest that does is {nearest}"
@@ -124,15 +124,15 @@ class RoAd(Method):
 
     def gains(self, w: Float[Array, "in out"], p: Params) -> tuple[Float[Array, " out"], Float[Array, " out"]]:
         """c and s."""
-        theta, alpha = p.trainable["theta"], p.trainable["alpha"]
+        alpha, g = p.trainable["alpha"], self.group_size
+        # Complex, since XLA on CPU would form a real cosine anew for every token that it multiplies.
+        direction = jnp.exp(1j * p.trainable["theta"])
+        c, s = alpha * direction.real, alpha * direction.imag
         if self.variant == 1:
-            spread = lambda v: jnp.repeat(v.reshape(-1, 1, self.group_size // 2), 2, axis=1).reshape(-1)
-            theta, alpha = spread(theta), spread(alpha)
-        if self.variant < 4:
-            return alpha * jnp.cos(theta), alpha * jnp.sin(theta)
-        theta, alpha = theta.reshape(-1, 2, self.group_size), alpha.reshape(-1, 2, self.group_size)
-        gain = lambda i, fn: (alpha[:, i] * fn(theta[:, i])).reshape(-1)
-        return gain(0, jnp.cos), gain(1, jnp.sin)
+            c, s = (jnp.repeat(v.reshape(-1, 1, g // 2), 2, axis=1).reshape(-1) for v in (c, s))
+        if self.variant == 4:
+            c, s = (v.reshape(-1, 2, g)[:, i].reshape(-1) for i, v in enumerate((c, s)))
+        return c, s
 
     def weight(self, w: Float[Array, "in out"], p: Params) -> Float[Array, "in out"]:
         c, s = self.gains(w, p)

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float
 
 from jlora.factors import Factors
 from jlora.linalg import truncated_svd
-from jlora.methods.base import Method, Site, require, unsharded
+from jlora.methods.base import Method, Site, at_most, require, unsharded
 from jlora.weight import Params
 
 
@@ -63,9 +63,10 @@ class SALT(Method):
     def check(self, site: Site) -> str | None:
         size = min(site.canonical_shape[1:])
         if self.top >= size:
-            return f"top={self.top} leaves none of the {size} singular values for X Y; choose at most {size - 1}"
+            return f"top={self.top} leaves none of the {size} singular values for X Y; {at_most(size - 1, 'top')}"
         if self.rank > size - self.top:
-            return f"rank {self.rank} is above the {size - self.top} singular values beside the top {self.top}"
+            most = size - self.top
+            return f"rank {self.rank} is above the {most} singular values beside the top {self.top}; {at_most(most)}"
 
     def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
         size, k = min(w.shape), self.top

@@ -10,8 +10,9 @@ many as LoRA of rank r, but the change is of high rank. v starts at zero, so the
 * The effective weight is formed, by a scatter of K numbers: nothing on top of the frozen model's FLOPs in the forward
   pass. The gradient of v are K entries of the gradient of W, which is formed for it, as in full training: 2 T in out
   FLOPs for T tokens; choosing the K products of activations one by one costs more on any accelerator.
-* The places are drawn at random. The paper's other masks (the entries that are largest by size, by gradient, or by
-  their product) are places like any other: ``places`` gives the frozen parameter for any mask.
+* The places are drawn at random, or are those of the entries that are largest by size, by gradient or by the product
+  of both: ``start=jlora.init.MagnitudeMask()``, ``GradientMask()`` or ``SNIPMask()``, the last two from what
+  ``jlora.calibrate`` found. ``places`` gives the frozen parameter for any mask of one's own.
 * Stored are v and the places, K numbers and 2 K integers a matrix. An adapter is switched in by a scatter, ``merge``,
   and out by going back to the base, which is exact. Adapters whose places are disjoint do not touch each other.
 * In a bfloat16 model the sum is rounded to bfloat16, as it is when merged: use it with a float32 base, or in a model
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jlora.methods.base import Method, Site, require
+from jlora.methods.base import Method, Site, Start, at_most, check_start, require, unsharded
 from jlora.weight import Params
 
 
@@ -61,23 +62,33 @@ class SHiRA(Method):
     """Sparse high-rank adaptation. The formula and shapes are at the top of this file.
 
     Parameters of a leaf: trainable ``{"values": [*stack, K]}``, frozen ``{"places": [*stack, 2, K]}``, int32, rows
-    above columns, in order. Places below the weight, all different,
-    stand for none.
+    above columns, in order. Places below the weight, all different, stand for none.
 
     Attributes:
       rank: r, for as many trained numbers as LoRA of this rank has.
       scale: s. Anything above 0 to train with; other values to weaken or strengthen a trained adapter.
+      start: what chooses the places, a mask of ``jlora.init``; None for at random.
     """
 
     rank: int = 32
     _: dataclasses.KW_ONLY
     scale: float = 1.0
+    start: Start | None = None
 
     def __post_init__(self):
         require(
             isinstance(self.rank, int) and self.rank > 0,
             f"SHiRA(rank={self.rank!r}): a positive integer is wanted, 4 to 64 as a rule.",
         )
+        check_start(self.start, self.name)
+        require(
+            self.start is None or hasattr(self.start, "scores"),
+            f"SHiRA(start={self.start}): jlora.init.MagnitudeMask(), GradientMask() or SNIPMask() is wanted.",
+        )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return () if self.start is None else self.start.needs
 
     def size(self, n_in: int, n_out: int) -> int:
         """K."""
@@ -87,14 +98,18 @@ class SHiRA(Method):
         _, n_in, n_out = site.canonical_shape
         if self.size(n_in, n_out) > n_in * n_out:
             return (
-                f"rank {self.rank} asks for {self.size(n_in, n_out)} of {n_in * n_out} entries; choose a rank of at "
-                f"most {n_in * n_out // (n_in + n_out)}, or Full()"
+                f"rank {self.rank} asks for {self.size(n_in, n_out)} of {n_in * n_out} entries; "
+                f"{at_most(n_in * n_out // (n_in + n_out))}"
             )
 
-    def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
+    def check_stats(self, site: Site, stats: Any) -> str | None:
+        return self.start.check_stats(self.rank, site, stats)
+
+    def init(self, key: Any, w: Array, site: Site, dtype: Any, stats: Any = None) -> Params:
         count = self.size(*w.shape)
-        # The places of the largest of in x out random numbers: as many as wanted, and none twice.
-        chosen = jnp.sort(jax.lax.top_k(jax.random.bits(key, (w.shape[0] * w.shape[1],)), count)[1])
+        # At random: the places of the largest of in x out random numbers, as many as wanted, and none twice.
+        scores = jax.random.bits(key, w.shape) if self.start is None else self.start.scores(unsharded(w), stats)
+        chosen = jnp.sort(jax.lax.top_k(scores.ravel(), count)[1])
         at = jnp.stack([chosen // w.shape[1], chosen % w.shape[1]]).astype(jnp.int32)
         return Params(trainable={"values": jnp.zeros((count,), dtype)}, frozen={"places": at})
 

@@ -40,7 +40,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from jlora.linalg import truncated_svd
+from jlora.linalg import rank_from_spectrum, truncated_svd
 from jlora.methods.base import Method, Site, require, sharded_as, unsharded
 from jlora.methods.lokr import factorization
 from jlora.weight import Context, Dot, Params
@@ -159,7 +159,4 @@ def terms_for(w: Float[Array, "in out"], share: float = 0.9, *, factor: int = -1
     require(0.0 < share <= 1.0, f"terms_for(share={share}): a share in (0, 1] is wanted.")
     i1, _, o1, _ = SoKA(factor=factor).split(*w.shape)
     s = np.linalg.svd(np.asarray(_rearranged(jnp.asarray(w), i1, o1), np.float64), compute_uv=False)
-    energy = np.cumsum(s**2)
-    enough = int(np.searchsorted(energy, share * energy[-1] * (1 - 1e-12))) + 1
-    below = np.linspace(s[0], s[-1], len(s)) - s
-    return min(enough, max(int(np.argmax(below)), 1))
+    return rank_from_spectrum(s, share, elbow=True)

@@ -8,9 +8,10 @@ W [in, out] frozen, A [in, R], B [R, out] and g [R] trained. Trained: R (in + ou
 
 * A and B start as LoRA's, g normal with deviation 1; the output starts as the base's. s stays alpha / R, however many
   gates are left.
-* A gate is driven to zero by ``jlora.optim.soft_threshold``, after any optimizer; ``jlora.optim.gate_penalty`` is the
-  term that the authors add to the loss. Afterwards ``jlora.rank.prune(adapted)`` drops what is zero and gives a plain
-  LoRA of the remaining rank. A zero gate still has a gradient, and may return, as long as its row of B is not zero.
+* A gate is driven to zero by ``jlora.optim.soft_threshold``, after any optimizer, at a threshold that may rise
+  (``jlora.rank.stages``); ``jlora.optim.gate_penalty`` is the term that the authors add to the loss. Afterwards
+  ``jlora.rank.prune(adapted)`` drops what is zero and gives a plain LoRA of the remaining rank; ``jlora.repack`` drops
+  it and keeps the gates. A zero gate still has a gradient, and may return, as long as its row of B is not zero.
 
 When to use it: to let training find the rank of every layer. It costs what LoRA of rank R costs until it is pruned.
 """
@@ -21,8 +22,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from jlora.factors import Factors
@@ -78,21 +77,18 @@ class SoRA(Method):
         f = p.trainable["factors"]
         return Factors(f.a * p.trainable["gate"].astype(f.a.dtype), f.b, f.scale)
 
-    def pruned(self, p: Params) -> tuple[LoRA, Params] | None:
-        """The plain LoRA of the ranks whose gate is not zero, for a whole stack; None if there are none.
+    def live(self, p: Params) -> Array:
+        return p.trainable["gate"]
 
-        Matrices of a stack keep as many ranks as the one with most, the others padded by zeros: exact, and zero under
-        training, too. The arrays have to be concrete.
-        """
-        f, gate = p.trainable["factors"], np.asarray(p.trainable["gate"])
-        rank = int(np.max(np.count_nonzero(gate, axis=-1), initial=0))
-        if rank == 0:
-            return None
-        order = jnp.asarray(np.argsort(gate == 0, axis=-1, kind="stable")[..., :rank])  # live ones first
-        a = jnp.take_along_axis(f.a * p.trainable["gate"][..., None, :], order[..., None, :], axis=-1)
-        b = jnp.take_along_axis(f.b * (p.trainable["gate"] != 0)[..., :, None], order[..., :, None], axis=-2)
-        method = LoRA(rank, alpha=self.alpha * rank / self.rank, dropout=self.dropout)
-        return method, Params(Factors(a, b, method.scale))
+    def cut(self, p: Params, ranks: tuple[int, ...]) -> tuple[SoRA, Params]:
+        f, rank = p.trainable["factors"], p.trainable["gate"].shape[-1]
+        method = dataclasses.replace(self, rank=rank, alpha=self.alpha * rank / self.rank)
+        return method, Params(p.trainable | {"factors": Factors(f.a, f.b, float(method.alpha / rank))})
+
+    def folded(self, p: Params) -> tuple[LoRA, Params]:
+        """The plain LoRA with the gates in its A, for a whole stack."""
+        f, method = p.trainable["factors"], LoRA(self.rank, self.alpha, dropout=self.dropout)
+        return method, Params(Factors(f.a * p.trainable["gate"][..., None, :], f.b, method.scale))
 
     def describe(self) -> dict[str, str]:
         return {"rank": f"<={self.rank}", "scale": f"{self.alpha / self.rank:g}"}

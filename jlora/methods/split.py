@@ -17,7 +17,8 @@ B_i have the same gradient, so this is LoRA of rank r / n whose B takes n steps 
 TriAdaptLoRA: A B does not change under A G, G^-1 B, which is r^2 numbers for nothing. As in an LU decomposition, A is
 lower trapezoidal, A[i, j] = 0 for i < j, and B upper, B[j, o] = 0 for o < j: the generic matrix of rank r still, with
 r (r - 1) fewer parameters and a triangle for every rank. Trained: r (in + out) - r (r - 1). Zeros are masked where they
-are used, so neither noise nor weight decay can fill them. The rank's growth over training is not part of this file.
+are used, so neither noise nor weight decay can fill them. Where ranks grow over training, which is the business of
+``jlora.rank.triadapt``, a mask holds those that wait.
 
 When to use them: to go below LoRA's count at its rank. The features that come first are privileged by the triangles.
 """
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jlora.factors import Factors
-from jlora.methods.base import Method, Site, check_rank, require
+from jlora.methods.base import Method, Site, at_most, check_rank, require
 from jlora.methods.lora import LoRA
 from jlora.weight import Params
 
@@ -95,7 +96,11 @@ class BlockLoRA(_Split):
         return self.rank // self.blocks
 
     def check(self, site: Site) -> str | None:
-        return check_rank(self.block_rank, site)
+        most = min(site.canonical_shape[1:])
+        if self.block_rank > most:
+            of = f"rank {self.rank} in {self.blocks} blocks is {self.block_rank} for each, above min(in, out) = {most}"
+            return f"{of}; {at_most(self.blocks * most)}"
+        return None
 
     def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
         pair = LoRA(self.block_rank).init(key, w, site, dtype).trainable
@@ -119,7 +124,8 @@ class BlockLoRA(_Split):
 class TriAdaptLoRA(_Split):
     """Triangular factors. The formula and shapes are at the top of this file.
 
-    Parameters of a leaf: trainable ``Factors(a [*stack, in, r], b [*stack, r, out])``, with zeros that are not counted.
+    Parameters of a leaf: trainable ``Factors(a [*stack, in, r], b [*stack, r, out])``, with zeros that are not counted;
+    frozen ``{"mask": [*stack, r]}``, ones to begin with. A term whose mask is 0 is out and has no gradient.
     """
 
     def check(self, site: Site) -> str | None:
@@ -127,9 +133,9 @@ class TriAdaptLoRA(_Split):
 
     def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
         pair = LoRA(self.rank, self.alpha).init(key, w, site, dtype).trainable
-        return Params(self.masked(pair))
+        return Params(self.triangular(pair), {"mask": jnp.ones((self.rank,), dtype)})
 
-    def masked(self, f: Factors) -> Factors:
+    def triangular(self, f: Factors) -> Factors:
         """The pair with its zeros in place."""
         return Factors(jnp.tril(f.a), jnp.triu(f.b), f.scale)
 
@@ -138,7 +144,17 @@ class TriAdaptLoRA(_Split):
         return site.stack * self.rank * (n_in + n_out - self.rank + 1)
 
     def dims(self, p: Params) -> Params:
-        return Params(Factors("in rank", "rank out", p.trainable.scale))
+        return Params(Factors("in rank", "rank out", p.trainable.scale), {"mask": "rank"})
 
     def factors(self, w: Array, p: Params) -> Factors:
-        return self.masked(p.trainable)
+        f = self.triangular(p.trainable)
+        return Factors(f.a, f.b * p.frozen["mask"].astype(f.b.dtype)[:, None], f.scale)
+
+    def live(self, p: Params) -> Array:
+        mask = p.frozen["mask"]  # triangles have their place: all before the last in use are kept
+        return jnp.cumsum(mask[..., ::-1], axis=-1)[..., ::-1]
+
+    def cut(self, p: Params, ranks: tuple[int, ...]) -> tuple[TriAdaptLoRA, Params]:
+        f, rank = p.trainable, p.frozen["mask"].shape[-1]
+        method = dataclasses.replace(self, rank=rank, alpha=self.alpha * rank / self.rank)
+        return method, Params(Factors(f.a, f.b, method.scale), p.frozen)

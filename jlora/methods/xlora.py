@@ -224,6 +224,31 @@ def combine(*each: Adapted) -> Adapted:
     return each[0].replace(trainable=trainable, frozen={}, _sites=tuple(sites.items()))
 
 
+def split(adapted: Adapted) -> list[Adapted]:
+    """The adapters of ``combine``, each by itself: plain LoRA over the same base."""
+    other = next((path for path, site in adapted.sites.items() if not isinstance(site.method, XLoRA)), None)
+    require(other is None, f"{other!r} is not adapted by XLoRA, and is no part of the adapters that are mixed.")
+    numbers = {len(site.method.rank) for site in adapted.sites.values()}
+    require(len(numbers) == 1, f"The leaves mix different numbers of adapters: {sorted(numbers)}.")
+    each = []
+    for e in range(*numbers):
+        trainable, sites = {}, {}
+        for path, site in adapted.sites.items():
+            f = adapted.trainable[path].get(str(e))
+            if f is not None:
+                method = LoRA(
+                    f.rank,
+                    alpha=f.scale * f.rank,
+                    dropout=site.method.dropout,
+                    lookup_only=site.method.lookup_only,
+                )
+                trainable[path] = Factors(f.a, f.b, method.scale)
+                sites[path] = dataclasses.replace(site, method=method)
+        require(len(sites) > 0, f"Adapter {e} adapts nothing.")
+        each.append(adapted.replace(trainable=trainable, frozen={}, _sites=tuple(sites.items())))
+    return each
+
+
 def _plain(f: Factors, frozen: Any) -> Factors:
     if frozen is None:
         return f

@@ -29,8 +29,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
+from jlora.blockwise import blocks, dynamic_code, look_up, nearest
 from jlora.methods.base import unsharded
 from jlora.quant.leaf import Quantized, over
 
@@ -44,32 +46,7 @@ CODE = np.float32(
 BLOCK_OF_MAGNITUDES = 256
 
 
-def _dynamic_code() -> np.ndarray:
-    """t: for every power of ten from 1e-6 to 1 the middles of 1, 2, 4 ... 64 equal parts of [0.1, 1] times it, with
-    both signs; and 0 and 1."""
-    entries = [0.0, 1.0]
-    for e in range(7):
-        edges = np.linspace(0.1, 1.0, 2**e + 1)
-        middles = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (e - 6)
-        entries += [*middles, *-middles]
-    return np.sort(np.float32(entries))
-
-
-DYNAMIC_CODE = _dynamic_code()
-
-
-def nearest(x: Float[Array, "*n"], code: np.ndarray) -> UInt8[Array, "*n"]:
-    """The place of the nearest entry of a sorted table, the lower of two at the same distance."""
-    edges = (code[1:] + code[:-1]) / 2
-    if len(code) <= 16:  # comparisons that XLA fuses
-        return sum((x > edge).astype(jnp.uint8) for edge in edges)
-    return jnp.searchsorted(jnp.asarray(edges), x).astype(jnp.uint8)
-
-
-def blocks(x: Float[Array, "*n k"], size: int) -> Float[Array, "*n b size"]:
-    """The last axis in blocks, the last of them filled up with zeros."""
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % size)])
-    return x.reshape(*x.shape[:-1], -1, size)
+DYNAMIC_CODE = dynamic_code()
 
 
 @functools.partial(
@@ -114,7 +91,8 @@ class NF4(Quantized):
         return self.row_shape[1] % self.block_size == 0
 
     def encode(self, w: Float[Array, "in out"]) -> NF4:
-        rows = unsharded(self.to_rows(w)).astype(self.wide)
+        sharded = self.to_rows(w)
+        rows = unsharded(sharded).astype(self.wide)
         if not self._by_rows:
             rows = rows.reshape(1, -1)
         n = rows.shape[1]
@@ -132,26 +110,27 @@ class NF4(Quantized):
             norms, mean = norms.astype(jnp.float32), mean.astype(jnp.float32)
         else:
             magnitudes = magnitudes.astype(jnp.float32)
+        codes = _in_parts(codes, sharded) if self._by_rows else codes
         return dataclasses.replace(self, codes=codes, magnitudes=magnitudes, norms=norms, mean=mean)
 
     def _magnitudes(self) -> Float[Array, "rows blocks"]:
         """m."""
         if not self.double:
             return self.magnitudes.astype(self.wide)
-        apart = _look_up(DYNAMIC_CODE, blocks(self.magnitudes.reshape(-1), BLOCK_OF_MAGNITUDES)).astype(self.wide)
+        apart = look_up(DYNAMIC_CODE, blocks(self.magnitudes.reshape(-1), BLOCK_OF_MAGNITUDES)).astype(self.wide)
         apart = apart * self.norms[:, None].astype(self.wide)
         m = self.mean.astype(self.wide) + apart.reshape(-1)[: math.prod(self.magnitudes.shape)]
         return m.reshape(self.magnitudes.shape)
 
     def _values(self, codes: UInt8[Array, "*n half"], magnitudes: Float[Array, "*n blocks"]) -> Array:
         """[*n, 2 half]."""
-        values = jnp.stack([_look_up(CODE, codes >> 4), _look_up(CODE, codes & 15)], axis=-1).astype(self.wide)
+        values = jnp.stack([look_up(CODE, codes >> 4), look_up(CODE, codes & 15)], axis=-1).astype(self.wide)
         values = values.reshape(*codes.shape[:-1], -1)
         return values * jnp.repeat(magnitudes, self.block_size, axis=-1)[..., : values.shape[-1]]
 
     def matrix(self) -> Float[Array, "in out"]:
         shape = self.row_shape
-        values = self._values(self.codes, self._magnitudes())
+        values = self._values(unsharded(self.codes), self._magnitudes())
         if not self._by_rows:
             values = values[:, : shape[0] * shape[1]].reshape(shape)
         return self.from_rows(values)
@@ -159,9 +138,14 @@ class NF4(Quantized):
     def rows(self, take: Callable[[Array], Array]) -> Array | None:
         if self.layout.kind != "embedding" or not self._by_rows:
             return None
-        rows = self._values(take(self.codes), take(self._magnitudes()))
+        rows = self._values(take(unsharded(self.codes)), take(self._magnitudes()))
         return jax.lax.stop_gradient(rows.astype(self.dtype))
 
 
-def _look_up(code: np.ndarray, places: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
-    return jnp.asarray(code).at[places].get(mode="promise_in_bounds")
+def _in_parts(codes: UInt8[Array, "rows half_columns"], rows: Array) -> UInt8[Array, "rows half_columns"]:
+    """The codes of rows that are sharded by their type (explicit sharding), sharded alike where that cuts them evenly:
+    each device keeps its part, and a product brings the codes together, never the weights."""
+    sharding = jax.typeof(rows).sharding
+    parts = lambda axis: math.prod(sharding.mesh.shape[name] for name in jax.tree.leaves(axis))
+    spec = [axis if n % parts(axis) == 0 else None for axis, n in zip(sharding.spec, codes.shape, strict=True)]
+    return codes if all(axis is None for axis in spec) else jax.reshard(codes, PartitionSpec(*spec))

@@ -50,7 +50,8 @@ def quantize(
 
     Leaves are quantized one after another, and within a stacked leaf its matrices. Works under ``jit`` (where the tree
     may be donated) and on leaves that are ``jax.ShapeDtypeStruct``. On a mesh the compiler decides where what is stored
-    lies; with explicit sharding ``NF4`` is stored whole on every device.
+    lies. With explicit sharding it is sharded as the weight was; of ``NF4`` a product brings the codes together, and
+    where these cannot be cut evenly, or blocks go on from row to row, they are stored whole on every device.
 
     Args:
       to: the format, ``NF4`` or ``Int8``.

@@ -31,6 +31,7 @@ class Row:
       padding: entries of the trainable arrays that are always zero, and not in the count.
       starts_as_base: the output starts as the base's. The methods that do not, by design, say so in their file.
       draws: a key changes its output without dropout, too: the laws of dropout are not its own.
+      nonlinear: of the input that dropout falls on: the mean over masks is not its output without.
       gathers: entries of the largest factor (never a weight) that it brings together where weights are sharded.
       batchwise: what it gives for a row of inputs depends on the rows beside it.
       reference: of a method that does not merge, or has gradients of its own, ``(x, w, p) -> y``: the formula written
@@ -48,6 +49,7 @@ class Row:
     starts_as_base: bool = True
     draws: bool = False
     batchwise: bool = False
+    nonlinear: bool = False
     gathers: int = 0
     reference: Callable[[jax.Array, jax.Array, Params], jax.Array] | None = None
 
@@ -95,8 +97,22 @@ def hgf(x: jax.Array, w: jax.Array, p: Params) -> jax.Array:
     return base + jnp.tanh(p.trainable["gate"]) * x @ p.trainable["factors"].product()
 
 
+def mtlora_addition(x: jax.Array, w: jax.Array, p: Params) -> jax.Array:
+    p, norm = p.trainable, p.trainable["layer_norm"]
+    total = sum(x @ w + 2.0 * x @ p[task].a @ p[task].b for task in ("a", "b"))
+    centred = total - total.mean(-1, keepdims=True)
+    return x @ w + norm["gain"] * centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5) + norm["bias"]
+
+
 def alora(x: jax.Array, w: jax.Array, p: Params) -> jax.Array:
     return x @ w + 2.0 * x @ p.trainable.a @ p.trainable.b
+
+
+def allora(x: jax.Array, w: jax.Array, p: Params) -> jax.Array:
+    a, b, stop = p.trainable.a, p.trainable.b, jax.lax.stop_gradient
+    rates = 1 / jnp.sqrt(jnp.linalg.norm(stop(1.5 * a @ b), axis=-2) + 1 / 9)
+    learnt = 1.5 * stop(x) @ a @ b
+    return x @ w + 1.5 * x @ stop(a) @ stop(b) + rates * (learnt - stop(learnt))
 
 
 def velora(groups: int, fixed: bool) -> Callable[[jax.Array, jax.Array, Params], jax.Array]:
@@ -199,6 +215,8 @@ ROWS = (
     Row("pvera", jlora.PVeRA(5, d_initial=0.3), 10 * 5 + 16 + 3 * 16 + 8, draws=True),
     Row("supertuning", jlora.SuperTuning(0.9, rank=2), 12 + 3 * 25 + 12 + 288),
     Row("pela", jlora.PELA(2.0), 2 * 24 + 3 * 4 * 32 + 2 * 24, starts_as_base=False),
+    Row("sltrain", jlora.SLTrain(2, 0.1, alpha=3.0), 2 * 24 + 3 * 2 * 32 + 2 * 24 + 12 + 75 + 12, starts_as_base=False),
+    Row("maestro", jlora.Maestro(), 8 * 24 + 3 * 16 * 32 + 8 * 24),
     Row("conv_lora", jlora.ConvLoRA(2, alpha=4.0), 288),
     Row("cp_lora", jlora.CPLoRA(2, alpha=4.0), 288),
     Row("tucker_lora", jlora.TuckerLoRA(3, 0.5, rank_out=2), 5 * 6 + 3 * (8 + 3 * 16 + 16) + 2 * (16 + 3 * 16 + 8)),
@@ -219,6 +237,15 @@ ROWS = (
     Row("deft", jlora.DEFT(2, alpha=3.0), 2 * 24 + 3 * 2 * 32 + 2 * 24),
     Row("mtlora", jlora.MTLoRA(2, ("a", "b"), task_rank=1), (2 + 1 + 1) * (24 + 3 * 32 + 24)),
     Row("mtlora_scales", jlora.MTLoRA(2, ("a",), task_rank=1, train_scales=True), 3 * 144 + 5 * 2, variant=True),
+    Row(
+        "mtlora_addition",
+        jlora.MTLoRA(tasks=("a", "b"), task_rank=2, mode="addition"),
+        2 * 2 * 144 + 2 * 72,
+        variant=True,
+        nonlinear=True,
+        starts_as_base=False,
+        reference=mtlora_addition,
+    ),
     Row("vida", jlora.ViDA(1, high_rank=3), (1 + 3) * 144, variant=True),
     Row("markboard", jlora.MarkBoard(1, bits=2, alpha=2.0), 4 * 144, variant=True),
     Row("mtsk", jlora.MTSK(1, scales=3, alpha=2.0), 4 * 144, variant=True),
@@ -252,6 +279,7 @@ ROWS = (
         batchwise=True,
         reference=velora(4, False),
     ),
+    Row("allora", jlora.ALLoRA(2, alpha=3.0, eta=3.0), 288, reference=allora),
     Row("monteclora", jlora.MonteCLoRA(2, alpha=4.0, samples=3), 288 + 5 * (2 + 3), draws=True),
     Row("poly", jlora.Poly(2, 2, skills=2, splits=2), 2 * 2 * 144 + 5 * 2 * 2 * 2, draws=True),
     Row("full", jlora.Full(), 8 * 16 + 3 * 16 * 16 + 16 * 8),
@@ -285,9 +313,10 @@ over_forms = over(ROWS, never)
 over_products = over(PRODUCTS)
 over_every_other_row = over(ROWS, lambda row: is_whole_row(row) and FORMS.index(row) % 2 == 0)
 over_most_products = over(PRODUCTS, is_whole_row)
+over_mergeable_forms = over(MERGEABLE, never)
 over_most_mergeable = over(MERGEABLE, is_whole_row)
 over_own_dropout = over(DROPOUT, lambda row: is_whole_row(row) and type(row.method).forward is not Method.forward)
-over_dropout_forms = over(DROPOUT, never)
+over_dropout_forms = over(tuple(row for row in DROPOUT if not row.nonlinear), never)
 
 
 def model(params: dict, x: jax.Array, remat: bool = False) -> jax.Array:

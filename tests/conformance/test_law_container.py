@@ -15,7 +15,7 @@ from registry import (
     model,
     model_params,
     moved,
-    over_forms,
+    over_mergeable_forms,
     over_most_mergeable,
     over_most_rows,
     over_products,
@@ -162,7 +162,7 @@ def test_is_an_ordinary_pytree(row: Row) -> None:
         assert path in jlora.summary(adapted)
 
 
-@over_forms
+@over_mergeable_forms
 def test_merged_then_adapted_again_starts_there(row: Row) -> None:
     adapted = adapt_model(row)
     merged = jlora.merge(adapted.replace(trainable=moved(adapted.trainable)))

@@ -23,7 +23,7 @@ import jlora
 from jlora import paths
 from jlora.io import load_peft, matching, save_peft
 from jlora.io.formats import FORMATS
-from jlora.torch_random import randperm
+from jlora.torch_random import kaiming_uniform, randperm
 from jlora.train import models
 
 ORACLES = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
@@ -36,6 +36,7 @@ def config_of(directory: pathlib.Path) -> dict:
 
 # Options that have no counterpart in jlora.
 FOREIGN = ("layer_replication use_qalora arrow_config megatron_config").split()
+DRAWN_AGAIN = ("VERA", "PVERA")  # their projections follow from a seed here as well
 CHANGED_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
@@ -43,7 +44,7 @@ def refused(config: dict) -> str | None:
     """Part of the message with which a directory has to be refused."""
     if str(config.get("init_lora_weights")).startswith(CHANGED_BASE):
         return "init_lora_weights"
-    if config.get("save_projection") is False:
+    if config.get("save_projection") is False and config["peft_type"] not in DRAWN_AGAIN:
         return "save_projection"
     return next((field for field in FOREIGN if config.get(field)), None)
 
@@ -51,6 +52,7 @@ def refused(config: dict) -> str | None:
 EVERY = sorted(path.parent.name for path in ROOT.glob("*/adapter_config.json"))
 KNOWN = [name for name in EVERY if config_of(ROOT / name)["peft_type"] in FORMATS]
 READ = [name for name in KNOWN if not refused(config_of(ROOT / name))]
+DRAWN = [name for name in READ if config_of(ROOT / name).get("save_projection") is False]
 directories = functools.partial(pytest.mark.parametrize, "name")
 pytestmark = pytest.mark.skipif(not EVERY, reason=f"no adapters under {ROOT}: set JLORA_ORACLES")
 
@@ -231,11 +233,24 @@ FORMULAS: dict[str, Callable] = {
 }
 
 
+def tensors_of(name: str) -> dict[str, np.ndarray]:
+    """What is in the file; and where it leaves out what PyTorch drew, what another file has from that seed and rank."""
+    tensors, config = load_file(ROOT / name / "adapter_model.safetensors"), config_of(ROOT / name)
+    if name in DRAWN:
+        alike = lambda other: all(
+            config_of(ROOT / other).get(field) == config[field] for field in ("peft_type", "projection_prng_key", "r")
+        )
+        other = next(other for other in READ if other not in DRAWN and alike(other))
+        found = load_file(ROOT / other / "adapter_model.safetensors")
+        tensors |= {key: value for key, value in found.items() if key.startswith("base_model.vera_")}
+    return tensors
+
+
 def effective(name: str) -> dict[str, np.ndarray]:
     """Every parameter that the adapter changes, as it is when merged."""
     config = config_of(ROOT / name)
     base = dict(torch_base(config["base_model_name_or_path"]))
-    raw = load_file(ROOT / name / "adapter_model.safetensors")
+    raw = tensors_of(name)
     raw = {re.sub(r"^base_model\.(model\.)?", "", key): value for key, value in raw.items()}
     out = {}
     for key, value in raw.items():
@@ -351,8 +366,7 @@ def test_round_trip(name, kind, tmp_path):
         base_model_name_or_path=before["base_model_name_or_path"],
         task_type=before["task_type"],
     )
-    first, again = (load_file(d / "adapter_model.safetensors") for d in (ROOT / name, tmp_path / "out"))
-    same_tensors(again, first)
+    same_tensors(load_file(tmp_path / "out" / "adapter_model.safetensors"), tensors_of(name))
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
     same_meaning(before, config_of(tmp_path / "out"), kind)
@@ -375,10 +389,36 @@ def same_meaning(before: dict, after: dict, kind: str) -> None:
             assert value(after) == value(before), (pattern, name)
     for key in ("peft_type", "task_type", "base_model_name_or_path", "inference_mode", "bias", "d_initial", "use_dora"):
         assert after.get(key) == before.get(key), key
-    for key in ("use_rslora", "lora_bias", "save_projection", "lora_dropout", "vera_dropout", "init_lora_weights"):
+    for key in ("use_rslora", "lora_bias", "lora_dropout", "vera_dropout", "init_lora_weights"):
         assert after.get(key, False) == before.get(key, False), key
+    assert after.get("save_projection") in (before.get("save_projection"), True)
     if kind == "flat":  # elsewhere PyTorch's layout is not to be seen
         assert after.get("fan_in_fan_out", False) == before.get("fan_in_fan_out", False)
+
+
+@directories(DRAWN)
+def test_projections_that_are_not_in_the_file(name, tmp_path):
+    """They are those that PyTorch drew, to the bit; but half of them is a damaged file."""
+    save_peft(load(name, "nested"), tmp_path)
+    tensors, wanted = load_file(tmp_path / "adapter_model.safetensors"), tensors_of(name)
+    drawn = wanted.keys() - load_file(ROOT / name / "adapter_model.safetensors").keys()
+    assert len(drawn) == 2
+    for key in drawn:
+        np.testing.assert_array_equal(tensors[key], wanted[key])
+    save_file(
+        {key: value for key, value in tensors.items() if "vera_B" not in key}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"lacks the shared projections \['vera_B'\].*fetch it again"):
+        load_peft(tmp_path, nested_tree(config_of(ROOT / name)["base_model_name_or_path"]))
+
+
+@pytest.mark.skipif(not (ORACLES / "pvera.npz").exists(), reason="no recorded PVeRA")
+def test_drawn_as_pytorch_draws():
+    with np.load(ORACLES / "pvera.npz") as z:
+        wanted = [z[f"mlp/adapter/base_model.pvera_{name}"] for name in "AB"]
+        seed = json.loads(str(z["mlp/config_json"]))["projection_prng_key"]
+    for got, recorded in zip(kaiming_uniform([a.shape for a in wanted], seed), wanted, strict=True):
+        np.testing.assert_array_equal(got, recorded)
 
 
 @directories(sorted(set(KNOWN) - set(READ)))
@@ -451,6 +491,8 @@ def test_recorded_layers(file, case, tmp_path, x64):
         return  # read only
     save_peft(adapted, tmp_path / "again", dtype=np.result_type(*(v for v in tensors.values() if v.dtype.kind == "f")))
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    if config.get("save_projection") is False:
+        again = {key: value for key, value in again.items() if key in tensors}
     same_tensors(again, tensors)
 
 

@@ -1,18 +1,20 @@
 """X-LoRA directories that PEFT wrote: its logits, from its scalings and from the classifier's."""
 
+import dataclasses
 import functools
 import json
 import os
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import jlora
-from jlora.io import load_peft, load_xlora
+from jlora.io import load_peft, load_xlora, save_peft, save_xlora
 from jlora.methods import xlora
 from jlora.train import models
 
@@ -92,6 +94,68 @@ def test_one_adapter_alone_is_that_adapter(directory):
     np.testing.assert_allclose(got, apply(alone.bind(), ids), atol=1e-5)
     chosen = jlora.rank.choose(adapted, {"scalings": (0.0, 1.0)})
     np.testing.assert_allclose(apply(jlora.merge(chosen), ids), apply(alone.bind(), ids), atol=1e-5)
+
+
+def test_saved_is_what_was_loaded(name, directory, tmp_path):
+    """Logits to the bit through our own reader, and PEFT's names, shapes and config."""
+    ids = jnp.asarray(recorded(name)["input_ids"], jnp.int32)
+    hidden = hidden_states(llama().params, ids)
+
+    def logits(adapted, classifier, weights):
+        given = classifier(weights, hidden)
+        given = given if classifier.layers is None else xlora.spread(adapted, given)
+        return apply(adapted.bind(context={"scalings": given}), ids)
+
+    loaded = load_xlora(directory, llama().params)
+    save_xlora(*loaded, tmp_path / "saved", base_model_name_or_path="base_llama", task_type="CAUSAL_LM")
+    again = load_xlora(tmp_path / "saved", llama().params)
+    np.testing.assert_array_equal(logits(*again), logits(*loaded))
+    assert again[1] == loaded[1]
+    (tmp_path / "saved").rename(tmp_path / "moved")  # the adapters are found inside
+    np.testing.assert_array_equal(logits(*load_xlora(tmp_path / "moved", llama().params)), logits(*loaded))
+
+    tensors = load_file(tmp_path / "moved" / "adapter_model.safetensors")
+    wanted = load_file(directory / "adapter_model.safetensors")
+    assert tensors.keys() == wanted.keys()
+    for key in wanted:
+        np.testing.assert_array_equal(tensors[key], wanted[key])
+    read = lambda path: json.loads((path / "adapter_config.json").read_text())
+    theirs, ours = read(directory), read(tmp_path / "moved")
+    assert ours["adapters"] == {str(e): str(tmp_path / "saved" / str(e)) for e in range(2)}
+    kept = theirs.keys() - {"adapters", "auto_mapping", "peft_version", "revision"}
+    assert {key: ours[key] for key in kept} == {key: theirs[key] for key in kept} and ours.keys() <= theirs.keys()
+    for e, adapter in enumerate(("llama_lora", "llama_lora_b")):
+        written = load_file(tmp_path / "moved" / str(e) / "adapter_model.safetensors")
+        original = load_file(directory.parent / adapter / "adapter_model.safetensors")
+        assert written.keys() == original.keys()
+        assert all(np.array_equal(written[key], original[key]) for key in original)
+
+
+def test_what_is_not_saved(directory, tmp_path):
+    adapted, classifier, weights = load_xlora(directory, llama().params)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="jlora.io.save_xlora writes them"):
+        save_peft(adapted, out)
+    with pytest.raises(ValueError, match="does not go with 2 adapters of 4 matrices"):
+        save_xlora(adapted, dataclasses.replace(classifier, layers=3), weights, out)
+    with pytest.raises(ValueError, match="kernels and biases have the shapes"):
+        save_xlora(adapted, dataclasses.replace(classifier, features=31), weights, out)
+    lora = load_peft(directory.parent / "llama_lora", llama().params)
+    with pytest.raises(ValueError, match="is not adapted by XLoRA"):
+        save_xlora(lora, classifier, weights, out)
+    assert not out.exists()
+
+
+def test_split_is_the_inverse_of_combine(directory):
+    """Also where an adapter leaves leaves and layers alone."""
+    one = load_peft(directory.parent / "llama_lora", llama().params)
+    other = jlora.adapt(llama().params, jlora.LoRA(3, alpha=7.0), "model/layers/mlp/up_proj/kernel", usage=None,
+                        axes={"**": jlora.Axes((1,), (2,), (0,))}, key=jax.random.key(0))  # fmt: skip
+    for each, back in zip((one, other), xlora.split(xlora.combine(one, other)), strict=True):
+        assert back.sites.keys() == each.sites.keys()
+        for path, site in each.sites.items():
+            assert back.sites[path].method.rank == site.method.rank
+            np.testing.assert_allclose(back.trainable[path].product(), each.trainable[path].product(), rtol=1e-6)
 
 
 def test_what_does_not_fit(directory):

@@ -114,5 +114,8 @@ def test_a_file_is_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="does not say which outputs a subspace has.* Merge it"):
         load_peft(tmp_path, {"w": {"kernel": jnp.ones((6, 4))}})
     adapted = jlora.adapt({"w": {"kernel": jnp.ones((6, 4))}}, jlora.AdaMSS(2, subspaces=2), key=jax.random.key(0))
-    with pytest.raises(ValueError, match="AdaMSS, which is not written"):
+    with pytest.raises(ValueError, match="'w/kernel' has AdaMSS, which is not written .* clusters .* --to lora"):
         save_peft(adapted, tmp_path / "out")
+    lora, report = jlora.to_lora(adapted, rank=2)  # what the error says to do
+    assert report.error == 0
+    save_peft(lora, tmp_path / "out")

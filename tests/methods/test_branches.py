@@ -1,5 +1,7 @@
 """Methods with several branches: against plain formulas in float64 NumPy, for every form in which a choice is bound."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +88,37 @@ def test_mtlora_streams(mode) -> None:
     close(got, np.concatenate(layer("second", W.T, hidden)))
     with pytest.raises(ValueError, match=r"\[3 \* batch, ..., features\] is wanted"):
         fn(adapted.bind(context={"streams": True}), X[:4])
+
+
+def norm_of(y, gain, bias):
+    """PyTorch's LayerNorm."""
+    mean, variance = y.mean(-1, keepdims=True), y.var(-1, keepdims=True)
+    return (y - mean) / np.sqrt(variance + 1e-5) * gain + bias
+
+
+@pytest.mark.parametrize("train_scales", [False, True])
+def test_mtlora_addition(train_scales) -> None:
+    """The authors' forward pass without a bias, of two weights after each other; and a task alone is LoRA."""
+    method = dataclasses.replace(mtlora("addition"), train_scales=train_scales)
+    adapted = jlora.adapt({"first": jnp.asarray(W), "second": jnp.asarray(W.T)}, method, "**", key=KEY)
+    noise = lambda leaf: jnp.asarray(RANDOM.normal(size=leaf.shape))
+    adapted = adapted.replace(trainable=jax.tree.map(noise, adapted.trainable))
+    fn = jlora.lift(lambda p, x: jnp.tanh(x @ p["first"]) @ p["second"], on_materialize="error")
+
+    def layer(name, w, x):
+        own = jax.tree.map(np.asarray, adapted.trainable[name])
+        scale = lambda task: own["scales"][task] if train_scales else 0.5
+        tasks = [x[0] @ w + scale(t) * x[i] @ own[t].a @ own[t].b for i, t in enumerate(("depth", "normals"), 1)]
+        return [x[0] @ w + norm_of(sum(tasks), **own["layer_norm"]), *tasks]
+
+    wanted = layer("second", W.T, [np.tanh(h) for h in layer("first", W, [X] * 3)])
+    close(fn(adapted.bind(context={"streams": True}), jnp.tile(X, (3, 1, 1))), np.concatenate(wanted))
+    first = layer("first", W, [X] * 3)
+    once = jlora.lift(lambda p, x: x @ p["first"], on_materialize="error")
+    close(once(adapted.bind(), X), first[0])
+    for i, task in enumerate(("depth", "normals"), 1):
+        close(once(adapted.bind(context={"task": task}), X), first[i])
+        close(X @ jlora.merge(jlora.rank.choose(adapted, {"task": task}))["first"], first[i])
 
 
 def test_mtlora_trained_scales() -> None:
@@ -187,8 +220,14 @@ def test_errors() -> None:
         jlora.MTLoRA(tasks=("a", "shared"))
     with pytest.raises(ValueError, match="one for each of 2 tasks"):
         jlora.MTLoRA(tasks=("a", "b"), task_rank=(1,))
-    with pytest.raises(ValueError, match="'addition' is not here"):
+    with pytest.raises(ValueError, match="'matrix', 'matrixv2' or 'addition'"):
+        jlora.MTLoRA(mode="add")
+    with pytest.raises(ValueError, match="sums the outputs of tasks, and there are none"):
         jlora.MTLoRA(mode="addition")
+    with pytest.raises(ValueError, match="choose a task, context={'task': 'depth'}"):
+        jlora.rank.choose(adapt(mtlora("addition")), {})
+    with pytest.raises(ValueError, match="the kind 'embedding'; mode='matrix' adapts it"):
+        jlora.adapt({"embedding": jnp.zeros((9, 8))}, mtlora("addition"), "embedding", key=KEY)
     with pytest.raises(ValueError, match="'global', 'specific' or 'both'"):
         jlora.MTSK(strategy="all")
     with pytest.raises(ValueError, match="rank 9 is above"):

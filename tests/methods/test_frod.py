@@ -179,8 +179,12 @@ def test_a_file(tmp_path: pathlib.Path) -> None:
         s[tuple(at)] = z[f"adapter/base_model.model.lin{i}.frod_lambda_s_values"]
         s += np.diag(z[f"adapter/base_model.model.lin{i}.frod_lambda_l"])
         np.testing.assert_allclose(merged.T, b / np.linalg.norm(b, axis=0) @ s @ v.T, atol=1e-9)
-    with pytest.raises(ValueError, match="FRoD, which is not written"):
+    with pytest.raises(ValueError, match="'layers/q/kernel' has FRoD, which is not .* the U of another V.* --to lora"):
         save_peft(adapted, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    lora, report = jlora.to_lora(moved(adapted), rank=16)  # what the error says to do
+    assert report.error < 1e-6
+    save_peft(lora, tmp_path / "lora", names=lambda path: "layers.*.q.weight", dtype=jnp.float64)
     own = {k: v for k, v in tensors.items() if ".frod_V." not in k}
     safetensors.numpy.save_file(own, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match=r"lacks base_model.frod_V.q .*save it again"):

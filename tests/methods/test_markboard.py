@@ -94,6 +94,42 @@ def test_watermarked_classifier() -> None:
         bits, shares = markboard.verify(predict, triggers, marks[1])
         assert tuple(bits) == signature, shares
         assert (predict(clean) == labels).mean() > (before == labels).mean() - 0.01
+    copy = markboard.obfuscate(jlora.rank.choose(adapted, {"signature": (1, 0, 1)}), jax.random.key(1))
+    predict = lambda tree: lambda x: np.asarray(lifted(tree, x)).argmax(-1)
+    assert markboard.verify(predict(copy.bind()), triggers, marks[1])[0].tolist() == [1, 0, 1]
+    accuracy = lambda tree: (predict(tree)(clean) == labels).mean()
+    assert accuracy(copy.bind()) > (before == labels).mean() - 0.01
+    assert accuracy(copy.base) < 0.6
+
+
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_obfuscation_keeps_the_function(stack) -> None:
+    with jax.enable_x64(True):
+        random = np.random.default_rng(0)
+        axes = {"w": jlora.Axes((1,), (2,), (0,))} if stack else None
+        params = {"w": jnp.asarray(random.normal(size=(*stack, 12, 10))), "b": jnp.zeros(10)}
+        adapted = jlora.adapt(params, jlora.MarkBoard(1, 4, alpha=2.0), "w", axes=axes, key=KEY)
+        adapted = adapted.replace(
+            trainable=jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape)), adapted.trainable)
+        )
+        copy = jlora.rank.choose(adapted, {"signature": (1, 0, 0, 1)})
+        tied = markboard.obfuscate(copy, jax.random.key(1), strength=0.3)
+        np.testing.assert_allclose(jlora.merge(tied)["w"], jlora.merge(copy)["w"], atol=1e-12)
+        taken = np.asarray(params["w"] - tied.base["w"])
+        norm = lambda x: np.linalg.norm(x, axis=(-2, -1))
+        np.testing.assert_allclose(norm(taken), 0.3 * norm(params["w"]), rtol=1e-10)
+        old, new = (np.asarray(it.trainable["w"].product()) for it in (copy, tied))
+        for both in zip(old.reshape(-1, 12, 10), new.reshape(-1, 12, 10), strict=True):  # one row and one column space
+            assert np.linalg.matrix_rank(np.concatenate(both)) == np.linalg.matrix_rank(np.hstack(both)) == 4
+        np.testing.assert_array_equal(tied.base["b"], params["b"])
+        assert jax.tree.structure(tied) == jax.tree.structure(copy)
+        with pytest.raises(ValueError, match="plain LoRA is obfuscated"):
+            markboard.obfuscate(adapted, KEY)
+        fresh = jlora.adapt(params, jlora.LoRA(2), "w", axes=axes, key=KEY)
+        with pytest.raises(ValueError, match="Train the branches first"):
+            markboard.obfuscate(fresh, KEY)
+        with pytest.raises(ValueError, match="a positive number"):
+            markboard.obfuscate(copy, KEY, strength=0)
 
 
 def test_verify() -> None:

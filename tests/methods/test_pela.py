@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora.methods import pela
+from jlora.methods.pela import distillation, perturbation
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -83,7 +85,65 @@ def test_a_convolution_becomes_two() -> None:
     np.testing.assert_allclose(jlora.lift(conv, on_materialize="error")(small.bind(), x), wanted, atol=1e-12)
 
 
+def test_distillation() -> None:
+    student, teacher = ([RANDOM.normal(size=shape) for shape in ((2, 3), (4, 5))] for _ in range(2))
+    wanted = np.mean([np.mean((s - t) ** 2) for s, t in zip(student, teacher, strict=True)])
+    np.testing.assert_allclose(distillation(student, teacher), wanted, rtol=1e-14)
+    of_student, of_teacher = jax.grad(distillation, (0, 1))(*jax.tree.map(jnp.asarray, (student, teacher)))
+    np.testing.assert_allclose(of_student[1], 2 * (student[1] - teacher[1]) / 20 / 2, rtol=1e-12)
+    assert not any(g.any() for g in of_teacher)
+    half = distillation(jnp.float16(np.full(100, 300.0)), jnp.zeros(100, jnp.float16))  # in more than 16 bits
+    assert half == 300.0**2
+
+
+def test_perturbation(monkeypatch) -> None:
+    """The value and its gradient, of products that are formed all at once; here they are in blocks with a remainder."""
+    monkeypatch.setattr(pela, "_ROWS", 4)
+    adapted = jlora.adapt(params(), jlora.PELA(2.0), **OPTIONS, key=jax.random.key(0))
+    weights = [W, *LAYERS]
+
+    def plainly(trainable):
+        first, layers = trainable["first/kernel"], trainable["layers/kernel"]
+        products = [first.product(), *layers.product()]
+        largest = [jnp.max(jnp.abs(p - w)) for p, w in zip(products, weights, strict=True)]
+        return sum((each - 0.05) ** 2 for each in largest) / 4
+
+    ours = lambda trainable: perturbation(adapted, trainable, eps=0.05)
+    got, wanted = (jax.jit(jax.value_and_grad(fn))(adapted.trainable) for fn in (ours, plainly))
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-12, atol=1e-14), got, wanted)
+    assert {int((g != 0).any(-1).sum()) for g in got[1]["layers/kernel"].a} == {1}
+    exact = jlora.adapt(params(), jlora.PELA(0.1), **OPTIONS, key=jax.random.key(0))
+    assert perturbation(exact, exact.trainable, eps=0.0) < 1e-24
+    narrow = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), PARAMS)
+    quantized = jlora.quant.quantize(narrow, jlora.quant.Int8, "first/*", axes={"first/*": jlora.Axes((0,), (1,))})
+    adapted = jlora.adapt(quantized, jlora.PELA(2.0), "first/*", key=jax.random.key(0))
+    largest = np.abs(adapted.trainable["first/kernel"].product() - quantized["first"]["kernel"].dequantize()).max()
+    np.testing.assert_allclose(perturbation(adapted, adapted.trainable, eps=0.0), largest**2, rtol=1e-5)
+
+
+def test_training_with_the_teacher_comes_closer() -> None:
+    """PELA's claim, small: features and weights as a loss lower the error of what the truncated model computes."""
+    adapted = jlora.adapt(params(), jlora.PELA(2.0), **OPTIONS, key=jax.random.key(0))
+    x = jnp.asarray(RANDOM.normal(size=(64, 10)))
+    lifted, teacher = jlora.lift(model, on_materialize="error"), model(adapted.base, x)
+    error = lambda t: distillation(lifted(adapted.bind(t), x), teacher)
+    loss = lambda t: error(t) + 0.1 * perturbation(adapted, t)
+    step = jax.jit(lambda t: jax.tree.map(lambda p, g: p - 0.02 * g, t, jax.grad(loss)(t)))
+    trainable = adapted.trainable
+    for _ in range(100):
+        trainable = step(trainable)
+    assert error(trainable) < 0.8 * error(adapted.trainable)
+
+
 def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"shapes \(2, 3\), the teacher's \(3,\)"):
+        distillation(np.zeros((2, 3)), np.zeros(3))
+    small = jlora.factorize(params(), 2.0, **OPTIONS)
+    with pytest.raises(ValueError, match="'first/kernel' is gone"):
+        perturbation(small, small.trainable)
+    lora = jlora.adapt(params(), jlora.LoRA(2), **OPTIONS, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="no leaf is adapted by PELA"):
+        perturbation(lora, lora.trainable)
     with pytest.raises(ValueError, match="positive number"):
         jlora.PELA(0)
     with pytest.raises(ValueError, match="at most 6"):

@@ -1,11 +1,16 @@
 """TinyLoRA and PSOFT against their formulas in numpy."""
 
+import json
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import jlora
+from jlora.io import load_peft, save_peft
 
 pytestmark = pytest.mark.usefixtures("x64")
 RNG = np.random.default_rng(0)
@@ -70,3 +75,21 @@ def test_the_polynomial_comes_close() -> None:
     np.testing.assert_allclose(close.rotation(q), exact.rotation(q), atol=1e-9)
     norm = jnp.sqrt(2.0) * jnp.linalg.norm(q)
     np.testing.assert_allclose(bound.rotation(q), exact.rotation(q * 0.01 / norm), atol=1e-12)
+
+
+def test_files_of_psoft_want_torch(tmp_path, monkeypatch) -> None:
+    """The signs of the singular vectors are in no file, so both ways say what is wanted and what else there is."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    params = {"layer": {"kernel": jnp.asarray(W["tall"])}}
+    it = jlora.adapt(params, jlora.PSOFT(3), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="'layer/kernel': PSOFT files .* install torch.* --to lora"):
+        save_peft(it, tmp_path)
+    assert not list(tmp_path.iterdir())
+    tensors = {"psoft_R.weight": np.zeros(3), "psoft_R.vector_a": np.ones(3), "psoft_R.vector_b": np.ones(3)}
+    tensors = {f"base_model.model.layer.{name}": value for name, value in tensors.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "PSOFT", "r": 3, "target_modules": ["layer"]})
+    )
+    with pytest.raises(ValueError, match="install torch.*to read, merge in PEFT"):
+        load_peft(tmp_path, params)

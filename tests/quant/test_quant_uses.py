@@ -351,6 +351,25 @@ def test_on_a_mesh(devices, kind, side, to):
     assert_near(got, wanted)
 
 
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_explicit_meshes_store_parts(devices, side):
+    """A quarter of the codes on each device, the numbers of one device; and whole where a quarter is no number."""
+    mesh = Mesh(np.array(devices).reshape(2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    spec = {"in": P(None, "model", None), "out": P(None, None, "model")}[side]
+    w = np.random.default_rng(0).normal(size=(3, 16, 24)).astype("f")
+    axes = {"*": jlora.Axes((1,), (2,), (0,))}
+    store = lambda w, **options: quantize({"w": w}, NF4, "*", axes=axes, **options)["w"]
+    wanted = store(jnp.asarray(w), block_size=8)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(w, NamedSharding(mesh, spec))
+        got, across_rows = store(placed, block_size=8), store(placed, block_size=64)
+        parts = [part.data.size for part in got.codes.addressable_shards]
+        assert parts == [wanted.codes.size // 4] * 8
+        np.testing.assert_array_equal(got.codes, wanted.codes)
+        np.testing.assert_array_equal(got.dequantize(), wanted.dequantize())
+        assert across_rows.codes.is_fully_replicated
+
+
 def test_capture_beside_a_quantized_base():
     small = make_quantized()
     got = jlora.capture(loss, small, IDS, targets="layers/down")
