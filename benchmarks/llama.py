@@ -5,6 +5,7 @@ list, or one tree of stacked arrays that is scanned.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,23 +68,30 @@ def forward(
 ) -> Float[Array, "b t vocab"]:
     """Logits. `linear(x, w)` runs every linear layer of the blocks; `offset` is added to the embeddings."""
 
-    def block(x, layer):
-        h = _norm(x, layer["attention_norm"])
-        q, k, v = (_heads(linear(h, layer[name]), heads) for name in LINEAR[:3])
-        y = jax.nn.dot_product_attention(_rotate(q), _rotate(k), v, is_causal=True)
-        x = x + linear(y.reshape(x.shape), layer["o_proj"])
-        h = _norm(x, layer["mlp_norm"])
-        h = jax.nn.silu(linear(h, layer["gate_proj"])) * linear(h, layer["up_proj"])
-        return x + linear(h, layer["down_proj"])
-
+    one = functools.partial(block, heads=heads, linear=linear)
     if remat:
-        block = jax.checkpoint(block, prevent_cse=isinstance(params["layers"], list))
+        one = jax.checkpoint(one, prevent_cse=isinstance(params["layers"], list))
     x = params["embed"][ids] + offset
     if isinstance(params["layers"], list):
         for layer in params["layers"]:
-            x = block(x, layer)
+            x = one(x, layer)
     else:
-        x, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x, params["layers"])
+        x, _ = jax.lax.scan(lambda x, layer: (one(x, layer), None), x, params["layers"])
+    return logits(params, x)
+
+
+def block(x, layer, *, heads: int, linear: Callable[[Array, Any], Array] = jnp.matmul):
+    """One layer."""
+    h = _norm(x, layer["attention_norm"])
+    q, k, v = (_heads(linear(h, layer[name]), heads) for name in LINEAR[:3])
+    y = jax.nn.dot_product_attention(_rotate(q), _rotate(k), v, is_causal=True)
+    x = x + linear(y.reshape(x.shape), layer["o_proj"])
+    h = _norm(x, layer["mlp_norm"])
+    h = jax.nn.silu(linear(h, layer["gate_proj"])) * linear(h, layer["up_proj"])
+    return x + linear(h, layer["down_proj"])
+
+
+def logits(params, x):
     return _norm(x, params["norm"]) @ params["lm_head"]
 
 

@@ -28,10 +28,10 @@ markdown, table_row, inline = _methods.markdown, _methods.table_row, _methods.in
 
 
 def files() -> dict[str, list[Callable]]:
-    """File of jlora/optim -> the public functions in it."""
+    """File of jlora/optim -> the public functions, and classes, in it."""
     found: dict[str, list[Callable]] = {}
     for name, value in vars(optim).items():
-        if inspect.isfunction(value) and not name.startswith("_"):
+        if (inspect.isfunction(value) or inspect.isclass(value)) and not name.startswith("_"):
             found.setdefault(value.__module__.rpartition(".")[2], []).append(value)
     return dict(sorted(found.items()))
 
@@ -61,8 +61,8 @@ def _signature(function: Callable) -> str:
 def _documented(function: Callable) -> str:
     """A docstring: prose, a table of the arguments, prose."""
     out, doc = [], inspect.getdoc(function) or ""
-    for part in re.split(r"(^(?:Args|Returns):\n(?:(?: +.*)?\n?)*)", doc, flags=re.MULTILINE):
-        if part.startswith("Args:"):
+    for part in re.split(r"(^(?:Args|Attributes|Returns):\n(?:(?: +.*)?\n?)*)", doc, flags=re.MULTILINE):
+        if part.startswith(("Args:", "Attributes:")):
             rows = [table_row((f"`{names}`", inline(meaning))) for names, meaning in _arguments(part)]
             out.append("\n".join([table_row(("argument", "")), table_row(("---",) * 2), *rows]) + "\n")
         elif part.startswith("Returns:"):

@@ -1,5 +1,7 @@
 """Optax transformations that know what low-rank factors are."""
 
+from jlora.optim.adagrad_norm import adagrad_norm as adagrad_norm
+from jlora.optim.adagrad_norm import scale_by_adagrad_norm as scale_by_adagrad_norm
 from jlora.optim.allora import allora_approx as allora_approx
 from jlora.optim.allora import scale_by_allora_approx as scale_by_allora_approx
 from jlora.optim.altlora import altlora as altlora
@@ -7,20 +9,33 @@ from jlora.optim.altlora import altlora_plus as altlora_plus
 from jlora.optim.altlora import scale_by_altlora as scale_by_altlora
 from jlora.optim.apollo import apollo as apollo
 from jlora.optim.apollo import scale_by_apollo as scale_by_apollo
+from jlora.optim.batch_size import AdaptiveBatch as AdaptiveBatch
+from jlora.optim.batch_size import add_gradients as add_gradients
+from jlora.optim.batch_size import gradient_noise as gradient_noise
+from jlora.optim.batch_size import gradient_sums as gradient_sums
+from jlora.optim.batch_size import inner_product_test as inner_product_test
+from jlora.optim.batch_size import noise_of_sums as noise_of_sums
+from jlora.optim.batch_size import norm_test as norm_test
+from jlora.optim.batch_size import orthogonality_test as orthogonality_test
 from jlora.optim.dct import dct as dct
 from jlora.optim.fira import fira as fira
 from jlora.optim.fira import scale_by_fira as scale_by_fira
 from jlora.optim.freezing import ffa as ffa
 from jlora.optim.freezing import lora_fa as lora_fa
 from jlora.optim.galore import galore as galore
+from jlora.optim.layerwise import layerwise as layerwise
+from jlora.optim.lisa import lisa as lisa
 from jlora.optim.lora_plus import lora_plus as lora_plus
 from jlora.optim.lora_pro import lora_pro as lora_pro
 from jlora.optim.lora_pro import lora_pro_full as lora_pro_full
 from jlora.optim.lora_pro import scale_by_lora_pro as scale_by_lora_pro
 from jlora.optim.lora_rite import lora_rite as lora_rite
 from jlora.optim.lora_rite import scale_by_lora_rite as scale_by_lora_rite
+from jlora.optim.owlore import outlier_ratios as outlier_ratios
+from jlora.optim.owlore import owlore as owlore
 from jlora.optim.pairs import outside_pairs as outside_pairs
 from jlora.optim.pairs import roles as roles
+from jlora.optim.quantized import quantized_state as quantized_state
 from jlora.optim.riemannian import riemannian as riemannian
 from jlora.optim.riemannian import scale_by_gram_inverse as scale_by_gram_inverse
 from jlora.optim.riemannian import scaled_adam as scaled_adam
@@ -28,3 +43,5 @@ from jlora.optim.riemannian import scaled_gd as scaled_gd
 from jlora.optim.schedules import warm_restarts as warm_restarts
 from jlora.optim.sora import gate_penalty as gate_penalty
 from jlora.optim.sora import soft_threshold as soft_threshold
+from jlora.optim.trion import scale_by_trion as scale_by_trion
+from jlora.optim.trion import trion as trion

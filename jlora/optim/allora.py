@@ -9,7 +9,8 @@ https://arxiv.org/abs/2410.09692
 for every output channel j; c [out] and its mean, g_A [in, r], g_B [r, out]. The rule itself scales the gradient of the
 output before it reaches the factors, g_A = s G diag(c) B^T and g_B = s A^T G diag(c). The second is what stands here;
 in the first, c stands between two factors of g_A and cannot be had from it: **A's gradient is an approximation**, exact
-where all channels have the same c, as they do at the start. Norms come of A^T A, without forming A B.
+where all channels have the same c, as they do at the start. Norms come of A^T A, without forming A B. The exact rule is
+the method ``jlora.ALLoRA``, whose own gradients these are; this is for other methods with pairs, like DoRA.
 
 At the start, A B = 0, gradients are eta times as large; for large changes they fall with the root of their norm. The
 method wants LoRA without dropout and with alpha = r (s = 1): eta takes their place. The formula was read in a

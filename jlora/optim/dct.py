@@ -32,6 +32,12 @@ def dct_columns(size: int, index: Int[Array, "*stack r"], dtype: Any = jnp.float
     return jnp.where(i == 0, jnp.asarray(math.sqrt(1 / size), wide), q).astype(dtype)
 
 
+def column_norm(norm: str) -> str:
+    if norm not in ("l1", "l2"):
+        raise ValueError(f"norm={norm!r}: 'l1' or 'l2' is wanted.")
+    return norm
+
+
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """The columns of the transform along which the gradient is largest, by the l1 or l2 norm; in rising order."""
@@ -114,8 +120,6 @@ def dct(
     smaller side without exceptions of shape, and no dimension is too long; the product is used, not an FFT (the set of
     columns is that of their FFT).
     """
-    if norm not in ("l1", "l2"):
-        raise ValueError(f"norm={norm!r}: 'l1' or 'l2' is wanted.")
     one_side("dct", side)
 
     def finish(plan: Plan, basis: Basis, g: Array, r: Array, u: Array, extra: Any) -> tuple:
@@ -123,12 +127,9 @@ def dct(
             extra = (g - plan.up(r, basis)).astype(plan.dtype)
         return scale * plan.up(u, basis), extra
 
-    def nothing(plan: Plan) -> Float[Array, "*stack m n"]:
-        return plan.put(jnp.zeros((*plan.stack, plan.size("in"), plan.size("out")), plan.dtype), plan.spec)
-
     return projection.low_rank(
         inner,
-        Columns(norm),
+        Columns(column_norm(norm)),
         finish,
         rank=rank,
         period=period,
@@ -137,6 +138,6 @@ def dct(
         axes=axes,
         where=where,
         dtype=dtype,
-        remember=nothing if error_feedback else None,
+        remember=projection.whole_zeros if error_feedback else None,
         begin=(lambda g, missed: g + missed) if error_feedback else None,
     )

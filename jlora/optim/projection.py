@@ -36,6 +36,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from jlora import paths
 from jlora.linalg import truncated_svd
+from jlora.optim.moments import fields, is_second
+from jlora.optim.quantized import is_blocks
 from jlora.paths import Pattern
 from jlora.weight import Axes
 
@@ -264,12 +266,7 @@ def low_rank(
     def init(params: PyTree) -> ProjectionState:
         leaves, found, treedef = plans(params)
         if leaves and not any(found):
-            sizes = sorted({min(jnp.shape(leaf)[-2:]) for leaf in leaves if jnp.ndim(leaf) >= 2})
-            raise ValueError(
-                f"No leaf can be projected to rank {rank}: it has to be a matrix, chosen by where, with no side below "
-                f"the rank. Smaller sides here: {sizes or 'no matrices'}"
-                + (f"; the highest rank possible is {sizes[-1]}." if sizes else ".")
-            )
+            raise ValueError(nothing_to_project(leaves, rank))
         each = lambda fn: treedef.unflatten([optax.MaskedNode() if plan is None else fn(plan) for plan in found])
         shown = [leaf if plan is None else _zeros(plan) for leaf, plan in zip(leaves, found, strict=True)]
         state = inner.init(treedef.unflatten(shown))
@@ -320,6 +317,20 @@ def low_rank(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def projected(
+    tree: PyTree,
+    rank: int,
+    *,
+    side: str = "smaller",
+    axes: Mapping[Pattern, Axes] | None = None,
+    where: Pattern = "**",
+) -> PyTree:
+    """For every leaf whether it is one that is projected."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    found = (_plan(0, paths.path_of(keys), leaf, rank, side, dict(axes or {}), where, None) for keys, leaf in leaves)
+    return treedef.unflatten([plan is not None for plan in found])
+
+
 def _plan(
     index: int,
     path: str,
@@ -352,6 +363,20 @@ def _plan(
     return Plan(index, axes, shape, sides, rank, dtype, sharding.mesh, (*head, *ends))
 
 
+def nothing_to_project(leaves: list[Array], rank: int) -> str:
+    sizes = sorted({min(jnp.shape(leaf)[-2:]) for leaf in leaves if jnp.ndim(leaf) >= 2})
+    return (
+        f"No leaf can be projected to rank {rank}: it has to be a matrix, chosen by where, with no side below the "
+        f"rank. Smaller sides here: {sizes or 'no matrices'}"
+        + (f"; the highest rank possible is {sizes[-1]}." if sizes else ".")
+    )
+
+
+def whole_zeros(plan: Plan) -> Float[Array, "*stack m n"]:
+    """A matrix of the weight's size to remember."""
+    return plan.put(jnp.zeros((*plan.stack, plan.size("in"), plan.size("out")), plan.dtype), plan.spec)
+
+
 def _zeros(plan: Plan) -> Array:
     return plan.put(jnp.zeros(plan.projected_shape, plan.dtype), plan.projected_spec)
 
@@ -379,22 +404,29 @@ def _inner_update(
 
     zeros = {i: _zeros(plan) for i, plan in at.items()}
     _, slopes, (out, state) = jax.jvp(call, (zeros,), (jax.tree.map(jnp.ones_like, zeros),), has_aux=True)
-    return list(out), state, {i: slope.max((-2, -1), keepdims=True) for i, slope in slopes.items()}
+    return list(out), state, {i: at[i].whole(slope)[..., :1, :1] for i, slope in slopes.items()}
 
 
 def _transport(inner: Any, state: PyTree, treedef: Any, at: Mapping[int, Plan], overlaps: Mapping[int, Any]) -> PyTree:
     """The moments in the new basis: M <- Z M and V <- (Z*Z) V with Z the overlap, or zeros where there is none."""
-    index = treedef.unflatten(range(treedef.num_leaves))
-    owner = optax.tree_map_params(inner, lambda _, i: i, state, index, transform_non_params=lambda _: -1)
+    known, index = fields(inner), treedef.unflatten(range(treedef.num_leaves))
+    owner = optax.tree_map_params(
+        inner, lambda _, i: i, state, index, transform_non_params=lambda _: -1, is_leaf=is_blocks
+    )
 
     def one(keys: tuple, leaf: Any, i: int) -> Any:
         plan = at.get(i)
-        if plan is None or jnp.shape(leaf) != plan.projected_shape:
+        if plan is None or leaf.shape != plan.projected_shape:
             return leaf
+        if is_blocks(leaf):
+            return leaf.like(moved(keys, leaf.decode(), i))
+        return moved(keys, leaf, i)
+
+    def moved(keys: tuple, leaf: Array, i: int) -> Array:
+        plan = at[i]
         if not overlaps[i]:
             return jnp.zeros_like(leaf)
-        squared = any(getattr(key, "name", None) in ("nu", "nu_max") for key in keys)
-        z = {side: z * z if squared else z for side, z in overlaps[i].items()}
+        z = {side: z * z if is_second(keys, known) else z for side, z in overlaps[i].items()}
         moved = leaf
         if "in" in z:
             moved = plan.product("...rs,...sn->...rn", z["in"], moved, plan.projected_spec)
@@ -402,4 +434,4 @@ def _transport(inner: Any, state: PyTree, treedef: Any, at: Mapping[int, Plan], 
             moved = plan.product("...ms,...rs->...mr", moved, z["out"], plan.projected_spec)
         return moved.astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(one, state, owner)
+    return jax.tree_util.tree_map_with_path(one, state, owner, is_leaf=is_blocks)

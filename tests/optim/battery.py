@@ -26,8 +26,10 @@ class Row:
     rate: float = 0.1
 
 
-def galore(rate: Any, eps: float = 1e-8, **options: Any) -> optax.GradientTransformation:
-    return jlora.optim.galore(optax.adamw(rate, eps=eps, weight_decay=0.01), 2, period=5, scale=1.0, **options)
+def galore(rate: Any, eps: float = 1e-8, quantized: int = 0, **options: Any) -> optax.GradientTransformation:
+    inner = optax.adamw(rate, eps=eps, weight_decay=0.01)
+    inner = jlora.optim.quantized_state(inner, block=quantized, min_size=1) if quantized else inner
+    return jlora.optim.galore(inner, 2, period=5, scale=1.0, **options)
 
 
 ROWS = {
@@ -37,10 +39,19 @@ ROWS = {
     "galore_subspace": Row(lambda rate: galore(rate, solver="subspace", transport="reset")),
     # With both sides R is diagonal at first, up to rounding, which a smaller eps would turn into steps.
     "galore_both": Row(lambda rate: galore(rate, eps=1e-3, side="both", solver="svd", transport="rotate")),
+    "galore_8bit": Row(lambda rate: galore(rate, quantized=4, transport="rotate")),
+    "q_galore": Row(lambda rate: galore(rate, solver="eigh", projector_bits=4, lazy=0.4)),
+    "adamw_8bit": Row(lambda rate: jlora.optim.quantized_state(optax.adamw(rate), block=4, min_size=1)),
     "fira": Row(lambda rate: jlora.optim.fira(rate, 2, period=5, weight_decay=0.01)),
     "apollo": Row(lambda rate: jlora.optim.apollo(rate, 2, period=5, weight_decay=0.01)),
     "dct": Row(lambda rate: jlora.optim.dct(optax.adamw(rate), 2)),
     "dct_feedback": Row(lambda rate: jlora.optim.dct(optax.adamw(rate), 2, period=5, error_feedback=True)),
+    "adagrad_norm": Row(lambda rate: jlora.optim.adagrad_norm(rate), rate=3.0),
+    "trion": Row(lambda rate: jlora.optim.trion(rate, 2, weight_decay=0.01), rate=0.3),
+    "lisa": Row(lambda rate: jlora.optim.lisa(optax.adamw(rate), 1, layers="**/stack/**", interval=5)),
+    "owlore": Row(
+        lambda rate: jlora.optim.owlore(optax.adamw(rate), 2, layers="**/stack/**", active=1, interval=10, period=5)
+    ),
     "lora_plus": Row(lambda rate: jlora.optim.lora_plus(optax.adamw(rate), 4.0), plain=False, rate=0.03),
     "lora_pro": Row(lambda rate: jlora.optim.lora_pro(optax.adamw(rate)), plain=False),
     "lora_pro_full": Row(lambda rate: jlora.optim.lora_pro_full(optax.adamw(rate)), plain=False),

@@ -490,6 +490,9 @@ TRANSFORMATIONS = [
     jlora.optim.scale_by_altlora,
     jlora.optim.scale_by_allora_approx,
     jlora.optim.scale_by_lora_rite,
+    lambda: jlora.optim.lora_fa(optax.sgd(0.1)),
+    lambda: jlora.optim.altlora_plus(0.1),
+    lambda: jlora.optim.scaled_adam(0.1),
 ]
 
 
@@ -506,6 +509,17 @@ def test_refusals(make: Callable) -> None:
     whole = optax.partition({"yes": tx, "no": optax.sgd(0.1)}, {"w": "yes", "v": "no", "bias": "no"})
     updates, _ = whole.update(params, whole.init(params), params)
     close(updates["v"], jax.tree.map(lambda leaf: -0.1 * leaf, params["v"]))
+
+
+@pytest.mark.parametrize("make", [make for make in TRANSFORMATIONS if make is not jlora.optim.scale_by_lora_rite])
+def test_a_bad_gradient_reaches_no_other_pair(make: Callable) -> None:
+    """But for LoRA-RITE, which clips by the norm of all. (What ``optax.apply_if_finite`` does of it: the battery.)"""
+    params = {"w": Factors(A, B, S), "v": Factors(A, B, S)}
+    bad = {"w": Factors(A, jnp.full_like(B, jnp.nan), S), "v": params["v"]}
+    tx = make()
+    got, wanted = (tx.update(grads, tx.init(params), params)[0] for grads in (bad, params))
+    close(got["v"], wanted["v"], 0)
+    assert not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got["w"]))
 
 
 def test_parameters_are_wanted() -> None:

@@ -325,7 +325,46 @@ def test_moments_follow_their_columns() -> None:
     np.testing.assert_allclose(u, 1.5 * row(4) + row(0), atol=1e-12)
 
 
+def newton_schulz(x: np.ndarray) -> np.ndarray:
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x
+
+
+def test_trion_formula() -> None:
+    """Against numpy, on both sides; and what is applied, made orthogonal or not, and what is kept add up."""
+    q = np.asarray(dct_columns(6, jnp.arange(6), jnp.float64))
+    for transposed in (False, True):
+        turn = lambda x: x.T if transposed else x  # noqa: B023
+        tx = jlora.optim.scale_by_trion(2, momentum=0.8, factor="dion")
+        state, m, taken = tx.init(turn(W)), np.zeros((6, 9)), 0.0
+        for g in G:
+            b = m + g
+            chosen = np.sort(np.argsort(np.abs(q.T @ b).sum(1))[-2:])
+            r = q[:, chosen].T @ b
+            m, taken = b - 0.2 * q[:, chosen] @ r, taken + 0.2 * q[:, chosen] @ r
+            u, state = tx.update(turn(g), state)
+            c = np.sqrt(u.shape[1] / u.shape[0])
+            np.testing.assert_allclose(turn(u), c * q[:, chosen] @ newton_schulz(r), atol=1e-6)  # the 1e-7
+            np.testing.assert_array_equal(state.stored, chosen)
+        np.testing.assert_allclose(turn(state.extra), sum(G) - taken, atol=1e-12)
+
+
+def test_trion_at_full_rank_is_muon() -> None:
+    contrib = pytest.importorskip("optax.contrib")
+    for momentum in (0.9, 0.0):
+        ours = jlora.optim.scale_by_trion(6, momentum=momentum, factor="none")
+        theirs = contrib.scale_by_muon(beta=momentum, nesterov=False)
+        close(updates_of(ours), updates_of(theirs), atol=1e-6)
+    state = ours.update(G[0], ours.init(W))[1]
+    np.testing.assert_allclose(state.extra, 0, atol=1e-12)  # without momentum nothing is kept
+
+
 def test_bad_input() -> None:
+    with pytest.raises(ValueError, match="highest rank possible is 6"):
+        jlora.optim.trion(0.1, 7).init({"w": W, "b": jnp.zeros(3)})
     with pytest.raises(ValueError, match="highest rank possible is 6"):
         jlora.optim.galore(optax.adam(0.1), 7).init({"w": W, "b": jnp.zeros(3)})
     with pytest.raises(ValueError, match="static_args"):
@@ -338,6 +377,8 @@ def test_bad_input() -> None:
         lambda: jlora.optim.fira(0.1, side="both"),
         lambda: jlora.optim.apollo(0.1, per="row"),
         lambda: jlora.optim.dct(optax.adam(0.1), norm="l3"),
+        lambda: jlora.optim.trion(0.1, factor="muon"),
+        lambda: jlora.optim.trion(0.1, side="both"),
     ):
         with pytest.raises(ValueError, match="wanted|Choose"):
             make()
