@@ -1,5 +1,29 @@
 """Choosing ranks: before, during and after training."""
 
+from jlora.linalg import rank_from_spectrum as rank_from_spectrum
+from jlora.rank.adalora import adalora as adalora
+from jlora.rank.adalora import orthogonality as orthogonality
+from jlora.rank.allocator import Allocator as Allocator
+from jlora.rank.allocator import top as top
+from jlora.rank.channels import Channels as Channels
+from jlora.rank.channels import loraprune as loraprune
+from jlora.rank.increlora import increlora as increlora
+from jlora.rank.modules import diffora as diffora
+from jlora.rank.modules import lora_drop as lora_drop
+from jlora.rank.policy import airllm_reward as airllm_reward
+from jlora.rank.policy import dr_rl_reward as dr_rl_reward
+from jlora.rank.policy import in_use as in_use
+from jlora.rank.policy import perturbation as perturbation
+from jlora.rank.policy import policy as policy
+from jlora.rank.sculpting import sculpting as sculpting
+from jlora.rank.spectrum import best_ranks as best_ranks
+from jlora.rank.spectrum import recommended_rank as recommended_rank
+from jlora.rank.spectrum import spectra as spectra
+from jlora.rank.spectrum import welore as welore
+from jlora.rank.squeeze import squeeze as squeeze
+from jlora.rank.thresholds import next_task as next_task
+from jlora.rank.thresholds import stages as stages
+from jlora.rank.triadapt import triadapt as triadapt
 from jlora.rank.truncate import choose as choose
 from jlora.rank.truncate import prune as prune
 from jlora.rank.truncate import truncate as truncate

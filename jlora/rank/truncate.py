@@ -9,6 +9,7 @@ from jlora.methods.branches import Branches
 from jlora.methods.lora import LoRA
 from jlora.methods.nested import Nested
 from jlora.methods.sora import SoRA
+from jlora.repack import live_terms
 from jlora.weight import Params
 
 
@@ -18,13 +19,23 @@ def truncate(adapted: Adapted, rank: int) -> Adapted:
     The result runs, merges and is saved as any LoRA, and is what ``bind(context={"rank": rank})`` computes. Leaves with
     other methods stay as they are.
     """
-    return _each(adapted, Nested, lambda method, p: method.truncated(p, rank), "truncate", "DyLoRA or MatryoshkaLoRA")
+    return _each(
+        adapted, Nested, lambda _, site, p: site.method.truncated(p, rank), "truncate", "DyLoRA or MatryoshkaLoRA"
+    )
 
 
 def prune(adapted: Adapted) -> Adapted:
     """``SoRA`` adapters as plain LoRA of the ranks whose gate is not zero, exactly. A leaf without any is not adapted
-    any more. Leaves with other methods stay as they are."""
-    return _each(adapted, SoRA, lambda method, p: method.pruned(p), "prune", "SoRA")
+    any more. Leaves with other methods stay as they are. To go on with the gates: ``jlora.repack``."""
+
+    def smaller(path: str, site: Site, p: Params) -> tuple[LoRA, Params] | None:
+        terms = live_terms(path, site, p)
+        if not terms.rank:
+            return None
+        site, p = terms.cut(site, p)
+        return site.method.folded(p)
+
+    return _each(adapted, SoRA, smaller, "prune", "SoRA")
 
 
 def choose(adapted: Adapted, context: Mapping[str, Any]) -> Adapted:
@@ -34,13 +45,15 @@ def choose(adapted: Adapted, context: Mapping[str, Any]) -> Adapted:
 
     >>> jlora.merge(jlora.rank.choose(adapted, {"task": "depth"}))
     """
-    return _each(adapted, Branches, lambda method, p: method.chosen(p, context), "choose", "a method with branches")
+    return _each(
+        adapted, Branches, lambda _, site, p: site.method.chosen(p, context), "choose", "a method with branches"
+    )
 
 
 def _each(
     adapted: Adapted,
     kind: type[Method],
-    smaller: Callable[[Method, Params], tuple[LoRA, Params] | None],
+    smaller: Callable[[str, Site, Params], tuple[LoRA, Params] | None],
     verb: str,
     names: str,
 ) -> Adapted:
@@ -50,7 +63,7 @@ def _each(
             sites[path] = site
             continue
         found = True
-        result = smaller(site.method, Params(trainable.pop(path), frozen.pop(path, None)))
+        result = smaller(path, site, Params(trainable.pop(path), frozen.pop(path, None)))
         if result is not None:
             method, p = result
             trainable[path] = p.trainable
