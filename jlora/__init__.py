@@ -19,9 +19,13 @@ from jlora.lift import capture as capture
 from jlora.lift import lift as lift
 from jlora.lift import usage as usage
 from jlora.merge import merge as merge
+from jlora.repack import repack as repack
 from jlora.weight import Axes as Axes
 
 if TYPE_CHECKING:
+    from jlora import compress as compress
+    from jlora import diagnostics as diagnostics
+    from jlora import evolve as evolve
     from jlora import init as init
     from jlora import optim as optim
     from jlora import quant as quant
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from jlora.methods import SALT as SALT
     from jlora.methods import AdaLoRA as AdaLoRA
     from jlora.methods import AdaMSS as AdaMSS
+    from jlora.methods import ALLoRA as ALLoRA
     from jlora.methods import ALoRA as ALoRA
     from jlora.methods import Bat as Bat
     from jlora.methods import BDLoRA as BDLoRA
@@ -71,6 +76,7 @@ if TYPE_CHECKING:
     from jlora.methods import LoLDU as LoLDU
     from jlora.methods import LoRA as LoRA
     from jlora.methods import LoRAXS as LoRAXS
+    from jlora.methods import Maestro as Maestro
     from jlora.methods import MarkBoard as MarkBoard
     from jlora.methods import MatryoshkaLoRA as MatryoshkaLoRA
     from jlora.methods import MiddleLoRA as MiddleLoRA
@@ -89,6 +95,7 @@ if TYPE_CHECKING:
     from jlora.methods import RoAd as RoAd
     from jlora.methods import SHiRA as SHiRA
     from jlora.methods import SLoRA as SLoRA
+    from jlora.methods import SLTrain as SLTrain
     from jlora.methods import SoKA as SoKA
     from jlora.methods import SoRA as SoRA
     from jlora.methods import SuperTuning as SuperTuning
@@ -108,7 +115,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("init", "optim", "quant", "rank", "shard")
+_SUBPACKAGES = ("compress", "diagnostics", "evolve", "init", "optim", "quant", "rank", "shard")
 
 
 def __getattr__(name: str) -> Any:
