@@ -8,6 +8,9 @@ disturbs the machine disturbs both; the figures are of the fastest round, and of
 which says more on a machine that is shared. What is compiled is compiled before. The last column is the share of
 prompts for which both find the same tokens: float32 sums in another order may decide a close race otherwise, and the
 rest of that text is then another.
+
+SmolLM2-135M, `--batch 1 --threads 1 --prompt-tokens 32 --new-tokens 32 --rounds 2`, torch 2.13 and transformers 5.24,
+on two busy cores: 0.88 of the tokens that transformers generates per CPU second (6.6 against 7.5), and the same ones.
 """
 
 import argparse

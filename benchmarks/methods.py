@@ -3,6 +3,7 @@
     python benchmarks/methods.py                                  # every method: some minutes
     python benchmarks/methods.py --methods lora,dora,vera --rounds 20
     python benchmarks/methods.py --tokens 1024 --hidden 512
+    python benchmarks/methods.py --peft --rounds 3                # PEFT's list, on the weights that PEFT adapts
 
 One run, one model (a Llama of two layers, not scanned; hidden x 3 hidden in its MLPs), every entry of
 `jlora.methods.METHODS` on its fourteen linear weights, float32. Measured is the `value_and_grad` of the loss by what is
@@ -15,6 +16,10 @@ trained, compiled:
 * CPU: seconds relative to LoRA's, the smallest and the median of rounds in which all methods take turns.
 * PEFT: the same ratio as PEFT's own benchmark publishes it, on another model and a GPU, at settings of its own.
 
+What a branch adds to a layer falls with the width of the model, and with the share of the weights that are adapted. So
+`--peft` takes both from PEFT's benchmark, which adapts the queries and values of a Llama 3072 wide: the methods that it
+lists, of the sizes that it gives them, on those two weights of one block.
+
 A method that refuses the model is listed with what it says. "formed" after a name: some use of a weight was not
 low-rank, and lift formed the effective weight.
 """
@@ -24,6 +29,7 @@ import dataclasses
 import functools
 import os
 import platform
+import re
 import statistics
 import sys
 import warnings
@@ -80,6 +86,11 @@ PEFT = {
     "randlora": 1.51, "fourierft": 1.80, "vblora": 1.27, "c3a": 1.24, "gralora": 1.16, "hira": 1.37, "miss": 0.95,
     "ia3": 1.05, "road": 1.04,
 }  # fmt: skip
+# And the sizes that it gives the methods, where they are not the defaults here.
+PEFT_SIZES: dict[str, dict[str, Any]] = dict.fromkeys(("lora", "dora", "loha", "lokr", "adalora"), {"rank": 32}) | {
+    "oft": {"blocks": 32},
+    "c3a": {"block_size": 64},
+}
 
 
 class Choice(NamedTuple):
@@ -125,8 +136,8 @@ def choose(name: str, sites: dict[str, Site], wanted: int) -> Choice:
 class Gradient:
     """A method ready to run: `step()` takes a gradient and waits for it."""
 
-    def __init__(self, forward: Any, params: Any, ids: Any, method: Method):
-        adapted = jlora.adapt(params, method, "layers/*/*_proj", key=jax.random.key(1), fn=forward, args=(ids,))
+    def __init__(self, forward: Any, params: Any, ids: Any, method: Method, targets: Any = "layers/*/*_proj"):
+        adapted = jlora.adapt(params, method, targets, key=jax.random.key(1), fn=forward, args=(ids,))
         lifted = jlora.lift(forward, on_materialize="warn")
         loss = lambda trainable, frozen, ids: llama.cross_entropy(lifted(frozen.bind(trainable), ids), ids)
         self.args = adapted.trainable, adapted.replace(trainable=None), ids
@@ -172,27 +183,34 @@ def main() -> None:
     names = ("lora", *(name for name in METHODS if name != "lora"), *VARIANTS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default="", help=f"some of these, with commas: {', '.join(METHODS)}")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a batch, in sequences of --length")
+    parser.add_argument("--tokens", type=int, help="tokens of a batch, in sequences of --length: 512, or 128")
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--hidden", type=int, default=256, help="width of the model, a multiple of 64")
+    parser.add_argument("--hidden", type=int, help="width of the model, a multiple of 64: 256, or 3072")
+    parser.add_argument("--layers", type=int, help="2, or 1")
     parser.add_argument("--rounds", type=int, default=10, help="gradients of each method")
+    parser.add_argument("--peft", action="store_true", help="what PEFT's benchmark lists, on queries and values only")
     args = parser.parse_args()
+    defaults = dict(tokens=128, hidden=3072, layers=1) if args.peft else dict(tokens=512, hidden=256, layers=2)
+    args = argparse.Namespace(**vars(args) | {k: v for k, v in defaults.items() if getattr(args, k) is None})
     if args.tokens % args.length:
         parser.error(f"--tokens {args.tokens} is not a multiple of --length {args.length}")
     chosen = [name.strip() for name in args.methods.split(",") if name.strip()]
     unknown = [name for name in chosen if name not in METHODS]
     if unknown:
         parser.error(f"unknown methods {', '.join(unknown)}: known are {', '.join(METHODS)}")
+    if args.peft:
+        names = ("lora", *PEFT)
     if chosen:  # LoRA is what the rest is compared with
         names = [n for n in names if n == "lora" or n in chosen or (n in VARIANTS and VARIANTS[n][0] in chosen)]
 
     console = Console(width=200)
-    config = llama.Config(args.hidden, 3 * args.hidden, layers=2, heads=max(1, args.hidden // 64), vocab=512)
+    config = llama.Config(args.hidden, 3 * args.hidden, args.layers, heads=max(1, args.hidden // 64), vocab=512)
     params = llama.init(config, jax.random.key(0))
     ids = jax.random.randint(jax.random.key(2), (args.tokens // args.length, args.length), 0, config.vocab)
     forward = functools.partial(llama.forward, heads=config.heads)
     shapes = jax.eval_shape(lambda: params)
-    planned = jlora.adapt(shapes, jlora.LoRA(RANK), "layers/*/*_proj", key=jax.random.key(0), fn=forward, args=(ids,))
+    targets = re.compile(r"layers/\d+/[qv]_proj") if args.peft else "layers/*/*_proj"
+    planned = jlora.adapt(shapes, jlora.LoRA(RANK), targets, key=jax.random.key(0), fn=forward, args=(ids,))
     wanted = count(jlora.LoRA(RANK), planned.sites)
     console.print(
         f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].platform}; {step.versions('jax', 'jaxlib')}; "
@@ -206,8 +224,9 @@ def main() -> None:
         if sys.stderr.isatty():
             print(f"compiling {name}", end="\033[K\r", file=sys.stderr)
         try:
-            choices[name] = choose(name, planned.sites, wanted)
-            runners[name] = Gradient(forward, params, ids, choices[name].method)
+            sizes = PEFT_SIZES.get(name, {})
+            choices[name] = Choice(METHODS[name](**sizes), "") if args.peft else choose(name, planned.sites, wanted)
+            runners[name] = Gradient(forward, params, ids, choices[name].method, targets)
         except Exception as error:  # the table goes on without it
             if name == "lora":
                 raise

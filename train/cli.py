@@ -1,8 +1,10 @@
 """The `jlora` command."""
 
 import contextlib
+import io
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -52,7 +54,8 @@ def _main(argv: list[str]) -> int:
     }
     union = Union[tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in commands.items())]  # noqa: UP007
     description = "Low-rank adaptation of JAX models: fine-tune, look at, use and export adapters."
-    config = tyro.cli(union, args=argv, prog="jlora", description=description, config=(tyro.conf.OmitArgPrefixes,))
+    with _whole_descriptions(argv):
+        config = tyro.cli(union, args=argv, prog="jlora", description=description, config=(tyro.conf.OmitArgPrefixes,))
     try:
         return _run(config, argv)
     except (options.UserError, options.RunError) as error:
@@ -80,6 +83,22 @@ def _run(config, argv: list[str]) -> int:
     }[type(config)]
     with _quiet_orbax():
         return run()
+
+
+@contextlib.contextmanager
+def _whole_descriptions(argv: list[str]):
+    """What tyro prints for bash to complete with, each description on one line: bash would offer every line of one as a
+    completion."""
+    if "--tyro-print-completion" not in argv:
+        yield
+        return
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        table = re.compile("^COMPLETION_SPEC = .*", re.MULTILINE)
+        sys.stdout.write(table.sub(lambda found: found[0].replace(r"\n", " "), printed.getvalue()))
 
 
 @contextlib.contextmanager

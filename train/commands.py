@@ -1,12 +1,14 @@
 """`jlora generate`, `evaluate`, `merge`, `inspect` and `convert`: what to do with a model once it is there."""
 
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import jlora
+from jlora import diagnostics
 from jlora.train import loading, models, tasks
 from jlora.train.config import (
     ConvertConfig,
@@ -22,7 +24,7 @@ from jlora.train.config import (
 from jlora.train.finetune import export_adapter
 from jlora.train.generate import generate as generate_tokens
 from jlora.train.report import Reporter, figures_line
-from jlora.train.run import RunDirectory, write_directory
+from jlora.train.run import RunDirectory, write_directory, write_file
 
 
 def generate(config: GenerateConfig) -> int:
@@ -122,6 +124,10 @@ def inspect(config: InspectConfig) -> int:
     reporter, path = Reporter(), config.path
     if not path.is_dir():
         raise UserError(f"there is no directory {path}")
+    if config.plot is not None and config.plot.exists():
+        raise UserError(f"{config.plot} exists already: choose another --plot")
+    if config.intruders < 0:
+        raise UserError(f"--intruders must not be below 0, got {config.intruders}")
     run = RunDirectory(path)
     if run.config.is_file():
         saved = run.read_config()
@@ -141,6 +147,17 @@ def inspect(config: InspectConfig) -> int:
     else:
         source = loading.load_source(SourceOptions(adapter=path, model=config.model))
     reporter.say(jlora.summary(source.adapted))
+    with loading.user_errors():
+        report = diagnostics.report(source.adapted, intruders=config.intruders)
+        reporter.say()
+        reporter.say(str(report))
+        if config.plot is not None:
+            buffer = io.BytesIO()
+            diagnostics.plot(report).savefig(buffer, format="png")
+            config.plot.parent.mkdir(parents=True, exist_ok=True)
+            write_file(config.plot, buffer.getvalue())
+            reporter.say()
+            reporter.say(f"drawn to {config.plot}")
     return 0
 
 

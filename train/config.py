@@ -60,9 +60,9 @@ class ModelOptions:
 class DataOptions:
     """what to train on and what to hold out"""
 
-    task: Literal["causal-lm", "classification", "regression", "masked-lm", "image-classification"] = "causal-lm"
-    """What to learn: text by decoders; classes or numbers of texts and pairs of them, or masked tokens, by BERT and
-    RoBERTa; classes of images by ViT."""
+    task: Literal["causal-lm", "dpo", "classification", "regression", "masked-lm", "image-classification"] = "causal-lm"
+    """What to learn: text, or which of two texts is preferred (dpo), by decoders; classes or numbers of texts and pairs
+    of them, or masked tokens, by BERT and RoBERTa; classes of images by ViT and ResNet."""
     data: str = "e2e"
     """`e2e` or `shakespeare` (shipped), or a .txt, .jsonl, .csv or .tsv file, which may be gzipped (.gz); for images a
     directory with a folder for each class, or an .npz file with `images` and `labels`."""
@@ -76,6 +76,10 @@ class DataOptions:
     """Column with the prompt; its tokens are read but not trained on."""
     completion_column: str = "completion"
     """Column with the completion of the prompt."""
+    chosen_column: str = "chosen"
+    """Column with the completion that dpo is to prefer: a text, or messages that end with it."""
+    rejected_column: str = "rejected"
+    """Column with the other one."""
     label_column: str = "label"
     """Column with the class or the number of a text."""
     pair_column: OptionalStr = None
@@ -84,11 +88,20 @@ class DataOptions:
     """Names of the classes in the order of their numbers (default: the labels of the training data, sorted)."""
     mask_fraction: float = 0.15
     """Share of the tokens that masked-lm has to tell."""
+    dpo_beta: float = 0.1
+    """Rewards of dpo are this times how much likelier a text has become; higher values stay nearer to the base."""
+    label_smoothing: float = 0.0
+    """Share of the preferences that dpo takes to be the wrong way round."""
+    reference_free: bool = False
+    """Compare likelihoods themselves in dpo, not with those of the base."""
     max_length: OptionalInt = None
     """Tokens per row; longer examples are cut (default: e2e 192, shakespeare 128, files 512 or the model's limit; 128
     for tasks of encoders)."""
     packing: bool = False
     """Put several short examples in one row; attention does not cross from one to the next."""
+    loss_chunk: int = 0
+    """Hold the logits of so many positions of each row at a time, and form them again in the backward pass: for large
+    vocabularies much less memory (0: of all)."""
     chat_template: Literal["none", "auto"] = "none"
     """`auto`: prompts and completions go through the model's chat template, as turns of a user and of the model. The
     conversations of a .jsonl file with `messages` always do; of them the model's turns are trained on."""
@@ -114,8 +127,9 @@ class MethodOptions:
     method_options: NamedValues = ()
     """Further options of the method, for example `d_initial=0.1` of vera."""
     init: str = "default"
-    """Where lora and dora start: `pissa`, `milora`, `olora`, `orthogonal`, or from data `eva`, `corda`, `lora_ga`; and
-    lora_xs: `lora_sb` (default: at random and zero)."""
+    """Where lora and dora start: `pissa`, `milora`, `olora`, `orthogonal`, or from data `eva`, `corda`, `lora_ga`;
+    lora_xs: `lora_sb`; what shira trains: `magnitude_mask`, or from data `gradient_mask`, `snip_mask` (default: at
+    random and zero)."""
     init_options: NamedValues = ()
     """Further options of `--init`, for example `iterations=4` of pissa."""
     calibration_batches: int = 32
@@ -129,16 +143,20 @@ class OptimizerOptions:
     """the optimizer, and its learning rate over time"""
 
     optimizer: Literal[
-        "adamw", "adafactor", "lion", "sgd",
+        "adamw", "adafactor", "lion", "sgd", "adagrad_norm",
         "lora_plus", "lora_pro", "lora_pro_full", "altlora", "altlora_plus", "allora_approx", "scaled_gd",
-        "scaled_adam", "lora_rite", "lora_fa", "ffa", "galore", "fira", "apollo", "dct",
+        "scaled_adam", "lora_rite", "lora_fa", "ffa", "galore", "fira", "apollo", "dct", "trion",
+        "owlore", "lisa",
     ] = "adamw"  # fmt: skip
     """One of optax, one of jlora.optim for pairs of factors, or (`galore` and after) for large matrices, as
-    `--method full` trains."""
+    `--method full` trains; `owlore` and `lisa` move some layers at a time."""
     optimizer_options: NamedValues = ()
     """Further options of the optimizer, for example `rank=64 period=100` of galore."""
+    state_bits: Literal[32, 8] = 32
+    """8 holds the moments of AdamW in 8 bits, also where another optimizer is around it."""
     learning_rate: OptionalFloat = None
-    """Peak learning rate (default: 1e-2 for the shipped model, 2e-4 for others; a tenth of that for `full`)."""
+    """Peak learning rate (default: 1e-2 for the shipped model, 2e-4 for others; a tenth of that for `full` and for
+    dpo)."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_steps: OptionalInt = None
@@ -146,7 +164,7 @@ class OptimizerOptions:
     final_fraction: float = 0.05
     """Where cosine and linear end, as a share of the peak."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; plain of adafactor; none of sgd and scaled_gd."""
+    """Decoupled weight decay; plain of adafactor; none of sgd, adagrad_norm and scaled_gd."""
     beta1: float = 0.9
     """First-moment decay; momentum of sgd (0: none)."""
     beta2: float = 0.999
@@ -198,6 +216,9 @@ class RunOptions:
 
     out: OptionalPath = None
     """Run directory (default: runs/<model>-<data>-<method>-<time>)."""
+    mesh: OptionalStr = None
+    """Devices to run on, all that there are: sizes of the axes data, fsdp, model, expert, e.g. `data=2,model=4`, or
+    `none` for one device; with `--resume`, others than before (default: none; of a resumed run, its own)."""
     overwrite: bool = False
     """Replace an earlier run in `--out`; without it an existing directory is an error."""
     resume: OptionalPath = None
@@ -310,12 +331,18 @@ class MergeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InspectConfig:
-    """Show what is in a run directory or an adapter directory: paths, shapes, ranks, counts, results."""
+    """Show what is in a run directory or an adapter directory: results, paths, shapes, ranks, counts, how large the
+    change of every weight is and of how many directions."""
 
     path: tyro.conf.Positional[Path]
     """Run directory, or adapter directory in PEFT format."""
     model: OptionalStr = None
     """Base model of the adapter (default: the one the run or the adapter names)."""
+    intruders: int = 0
+    """Look for so many of the strongest directions after training among those before it, and count the ones that are
+    new; 10 as a rule. Decomposes every adapted weight."""
+    plot: Path | None = None
+    """A PNG file to draw sizes, spectra and ranks of the changes to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,7 +418,7 @@ def validate(config: FinetuneConfig) -> None:
         "--warmup-steps": config.optimizer.warmup_steps, "--weight-decay": config.optimizer.weight_decay,
         "--clip-norm": config.optimizer.clip_norm, "--eval-every": config.eval.eval_every,
         "--checkpoint-every": config.run.checkpoint_every, "--samples": config.eval.samples,
-        "--seed": config.train.seed,
+        "--seed": config.train.seed, "--loss-chunk": config.data.loss_chunk,
     }  # fmt: skip
     for option, value in not_negative.items():
         if value is not None and value < 0:
@@ -405,6 +432,10 @@ def validate(config: FinetuneConfig) -> None:
         raise UserError(f"--eval-fraction must lie between 0 and 1, got {config.data.eval_fraction}")
     if not 0 < config.data.mask_fraction < 1:
         raise UserError(f"--mask-fraction must lie between 0 and 1, got {config.data.mask_fraction}")
+    if config.data.dpo_beta <= 0:
+        raise UserError(f"--dpo-beta must be above 0, got {config.data.dpo_beta}")
+    if not 0 <= config.data.label_smoothing < 0.5:
+        raise UserError(f"--label-smoothing must lie between 0 and 0.5, got {config.data.label_smoothing}")
     if config.train.steps is not None and config.train.epochs is not None:
         raise UserError("give --steps or --epochs, not both")
 
@@ -424,11 +455,11 @@ _STEPS = {"e2e": 800, "shakespeare": 300}
 _SHIPPED_RATE, _RATE = 1e-2, 2e-4  # small models take large steps
 
 
-def resolve_rate(config: FinetuneConfig, usual: float | None = None) -> FinetuneConfig:
-    """Fill in the learning rate; `usual` is the task's own."""
+def resolve_rate(config: FinetuneConfig, usual: float | None = None, share: float = 1.0) -> FinetuneConfig:
+    """Fill in the learning rate; `usual` is the task's own, `share` that of the model's which the task takes."""
     if config.optimizer.learning_rate is not None:
         return config
-    rate = usual or (_SHIPPED_RATE if config.model.model == ModelOptions.model else _RATE)
+    rate = usual or share * (_SHIPPED_RATE if config.model.model == ModelOptions.model else _RATE)
     rate = rate / 10 if config.method.method == "full" else rate
     return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, learning_rate=rate))
 

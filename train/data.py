@@ -76,6 +76,8 @@ class Encoded:
 
 
 Examples = list[Example] | list[chat.Conversation]
+Learnable = tuple[list[int], np.ndarray]
+"""Token ids, and which of them are targets."""
 
 
 def load_examples(spec: DataSpec) -> tuple[Examples, Examples]:
@@ -88,7 +90,7 @@ def load_examples(spec: DataSpec) -> tuple[Examples, Examples]:
         examples = _read(spec, pathlib.Path(spec.path))
     if spec.eval_path is not None:
         return examples, _read(spec, pathlib.Path(spec.eval_path))
-    return _split(examples, spec)
+    return split(examples, spec)
 
 
 def references(examples: Sequence[Example]) -> list[tuple[str, list[str]]]:
@@ -113,10 +115,11 @@ def _e2e(name: str) -> list[Example]:
     return [Example(meaning_to_prompt(row["mr"]), row["ref"]) for _, row in rows]
 
 
-def _split(examples: list[Example], spec: DataSpec) -> tuple[list[Example], list[Example]]:
+def split(examples: list, spec: DataSpec) -> tuple[list, list]:
+    """Examples to train on, and those to hold out."""
     if not 0.0 < spec.eval_fraction < 1.0:
         raise ValueError(f"eval_fraction must lie between 0 and 1, got {spec.eval_fraction}")
-    if len(examples) == 1 and not examples[0].prompt:
+    if len(examples) == 1 and not examples[0].prompt:  # one text
         text = examples[0].completion
         cut = int((1.0 - spec.eval_fraction) * len(text))
         parts = [Example("", text[:cut])], [Example("", text[cut:])]
@@ -261,6 +264,28 @@ def encode(
     A dialogue is encoded as it stands, for its template knows what begins and what ends it, and cut at `max_length`.
     With `packing` several sequences share a row, each a segment of its own, so that less is padding.
     """
+    found = cut(examples, tokenizer, max_length)
+    sequences = [sequence for each in found for sequence in each.sequences]
+    truncated, dropped = (sum(getattr(each, name) for each in found) for name in ("truncated", "dropped"))
+    if not sequences:
+        raise ValueError(
+            f"none of the {len(examples)} examples leaves a token to learn within max_length={max_length} "
+            f"({dropped} have a prompt that fills it)"
+        )
+    rows = _pack([len(s) for s, _ in sequences], max_length) if packing else [[i] for i in range(len(sequences))]
+    return fill(rows, sequences, max_length, tokenizer.pad_id, truncated, dropped)
+
+
+class Cut(NamedTuple):
+    """What there is to learn of an example within a length."""
+
+    sequences: list[Learnable]
+    truncated: bool = False
+    dropped: bool = False
+
+
+def cut(examples: Sequence[Example | chat.Dialogue], tokenizer: Tokenizer, max_length: int) -> list[Cut]:
+    """The sequences of each example, as `encode` describes them."""
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if max_length < len(bos) + 2:
@@ -268,40 +293,34 @@ def encode(
     texts = [Example("", "") if isinstance(e, chat.Dialogue) else e for e in examples]
     prompts = tokenizer.encode_batch([e.prompt for e in texts])
     completions = tokenizer.encode_batch([e.completion for e in texts])
-    sequences: list[tuple[list[int], np.ndarray]] = []  # token ids, and which of them are targets
-    truncated = dropped = 0
+    found = []
     for example, prompt, completion in zip(examples, prompts, completions, strict=True):
         if isinstance(example, chat.Dialogue):
             tokens, learnt = chat.encode(example, tokenizer)
             learnt[0] = False  # nothing comes before it that could predict it
             kept = learnt[:max_length]
-            truncated += any(kept) and sum(kept) < sum(learnt)
-            dropped += not any(kept)
             if any(kept):
-                sequences.append((tokens[:max_length], np.array(kept)))
+                found.append(Cut([(tokens[:max_length], np.array(kept))], truncated=sum(kept) < sum(learnt)))
+            else:
+                found.append(Cut([], dropped=True))
             continue
         target = completion + eos
         if example.prompt:
             before = bos + prompt
             room = max_length - len(before)
-            truncated += 0 < room < len(target)
-            dropped += room <= 0
             if room > 0:
-                sequences.append(_learn_from(before + target[:room], max(len(before), 1)))
+                sequence = _learn_from(before + target[:room], max(len(before), 1))
+                found.append(Cut([sequence], truncated=room < len(target)))
+            else:
+                found.append(Cut([], dropped=True))
         else:
             step = max_length - len(bos)
             pieces = [bos + target[i : i + step] for i in range(0, len(target), step)]
-            sequences += [_learn_from(piece, 1) for piece in pieces if len(piece) > 1]
-    if not sequences:
-        raise ValueError(
-            f"none of the {len(examples)} examples leaves a token to learn within max_length={max_length} "
-            f"({dropped} have a prompt that fills it)"
-        )
-    rows = _pack([len(s) for s, _ in sequences], max_length) if packing else [[i] for i in range(len(sequences))]
-    return _fill(rows, sequences, max_length, tokenizer.pad_id, truncated, dropped)
+            found.append(Cut([_learn_from(piece, 1) for piece in pieces if len(piece) > 1]))
+    return found
 
 
-def _learn_from(tokens: list[int], first: int) -> tuple[list[int], np.ndarray]:
+def _learn_from(tokens: list[int], first: int) -> Learnable:
     return tokens, np.arange(len(tokens)) >= first
 
 
@@ -321,8 +340,16 @@ def _pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _fill(rows, sequences, max_length, pad_id, truncated, dropped) -> Encoded:
-    shape = (len(rows), max_length)
+def fill(
+    rows: Sequence[Sequence[int]],
+    sequences: Sequence[Learnable],
+    length: int,
+    pad_id: int,
+    truncated: int = 0,
+    dropped: int = 0,
+) -> Encoded:
+    """Rows of `length` tokens; each is given as the numbers of the sequences in it."""
+    shape = (len(rows), length)
     ids, mask = np.full(shape, pad_id, np.int32), np.zeros(shape, np.float32)
     positions, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for n, row in enumerate(rows):

@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 import jlora
 from jlora.io import save_peft
 from jlora.train import data, loading, models, starts, tasks
+from jlora.train import mesh as meshes
 from jlora.train.checkpoint import Checkpoints
 from jlora.train.config import (
     FinetuneConfig,
@@ -76,11 +77,17 @@ def finetune(config: FinetuneConfig, argv: list[str]) -> int:
     """Run the command; returns the exit code."""
     reporter = Reporter()
     if config.run.resume is not None:
-        if dataclasses.replace(config, run=dataclasses.replace(config.run, resume=None)) != FinetuneConfig():
-            raise UserError("--resume takes every option from the run's config.json: give no other option with it")
+        given = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=None, mesh=None))
+        if given != FinetuneConfig():
+            raise UserError(
+                "--resume takes every option but --mesh from the run's config.json: give no other option with it"
+            )
         run = RunDirectory.open(config.run.resume)
-        saved = run.read_config()
-        job = prepare(loading.read_run_config(run), reporter, run.start)
+        saved, options = run.read_config(), loading.read_run_config(run)
+        mesh = config.run.mesh or options.run.mesh
+        job = prepare(
+            dataclasses.replace(options, run=dataclasses.replace(options.run, mesh=mesh)), reporter, run.start
+        )
     else:
         validate(config)
         path = config.run.out or _default_directory(config)
@@ -115,12 +122,16 @@ def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = Non
     loading.build_method(config.method)  # a misspelt option should not wait for the model
     make_optimizer(config.optimizer, 0.0)
     task = tasks.make(config.data)
+    mesh = meshes.make(config.run.mesh)
+    if mesh is not None:
+        meshes.check_rows(mesh, batch_size=config.train.batch_size)
     reporter.unit = task.unit
     with loading.user_errors():
         task.check(config.model.model, models.family_of(config.model.model))
         options, train, held_out = task.read(config.data, config.model.model, config.train.seed)
-    model = loading.load_run_model(dataclasses.replace(config, data=options))
+    model = loading.load_run_model(dataclasses.replace(config, data=options), mesh)
     task.attach(model)
+    task.mesh = mesh
     method = loading.resolve_targets(config.method, model, task.train_fully(model))
     config = dataclasses.replace(config, data=task.resolve(options, model), method=method)
     with loading.user_errors():
@@ -133,7 +144,7 @@ def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = Non
             seed=config.train.seed, progress=lambda batches: reporter.track(batches, "calibrating"),
         ),
     )  # fmt: skip
-    config = resolve_steps(resolve_rate(config, task.learning_rate), len(train))
+    config = resolve_steps(resolve_rate(config, task.learning_rate, task.rate_share), len(train))
     loading.abstract_arrays(config, adapted)  # an optimizer may refuse the parameters
     apply = jlora.lift(model.module.apply)
     step = task.make_eval_step(apply)
@@ -245,9 +256,14 @@ def _train(job: Job, run: RunDirectory, checkpoints: Checkpoints, state: TrainSt
 
     steps = config.train.steps
     schedule = learning_rate_schedule(config.optimizer, steps)
+    shardings = None
+    if job.task.mesh is not None:
+        shardings = loading.shardings(config, job.adapted)
+        trainable, opt_state = jax.device_put((state.trainable, state.opt_state), shardings)
+        state = dataclasses.replace(state, trainable=trainable, opt_state=opt_state)
     loop = Loop(
         fixed=job.adapted.replace(trainable={}),
-        train_step=make_train_step(job.apply, make_optimizer(config.optimizer, schedule), job.task.loss),
+        train_step=make_train_step(job.apply, loading.run_optimizer(config), job.task.loss, shardings),
         task=job.task,
         evaluate=evaluate,
         schedule=schedule,

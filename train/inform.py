@@ -19,6 +19,7 @@ from jlora import paths
 from jlora.adapt import _describe_axes, plan
 from jlora.io.formats import FORMATS
 from jlora.methods import METHODS, Full, Method
+from jlora.tables import table
 from jlora.train import data, loading, models
 from jlora.train.config import CompareConfig, DataOptions, MethodsConfig, ModelsConfig, TargetsConfig, UserError
 from jlora.train.finetune import Job
@@ -28,16 +29,6 @@ from jlora.train.report import FIGURES, Reporter, held_out_loss
 from jlora.train.run import RunDirectory, write_file
 from jlora.train.tasks import TASKS
 from jlora.train.tasks import make as make_task
-
-
-def table(rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> str:
-    """Rows under their header, the columns named in `right` flush right."""
-    header = rows[0]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    align = [str.rjust if name in right else str.ljust for name in header]
-    rows = [header, ["-" * width for width in widths], *rows[1:]]
-    return "\n".join("  ".join(f(c, w) for f, c, w in zip(align, row, widths, strict=True)).rstrip() for row in rows)
-
 
 # What there is.
 
@@ -64,13 +55,13 @@ def merges(cls: type[Method]) -> str:
     return "yes" if cls.mergeable else "no"
 
 
-_READ_ONLY = {"frod": "FROD (read)", "xlora": "XLORA (read)"}
+_OTHERS = {"frod": "FROD (read)", "xlora": "XLORA"}  # read only; by load_xlora and save_xlora
 
 
 def peft_types() -> dict[str, str]:
     """Name of a method -> the `peft_type` of its files."""
     written = {cls: format.peft_type for format in FORMATS.values() for cls in format.methods}
-    return {name: written[cls] for name, cls in METHODS.items() if cls in written} | _READ_ONLY
+    return {name: written[cls] for name, cls in METHODS.items() if cls in written} | _OTHERS
 
 
 def methods(config: MethodsConfig) -> int:
@@ -199,7 +190,7 @@ def targets(config: TargetsConfig) -> int:
     usage, caught, refused = loading.usage_of(model), {}, None
     try:
         for pattern, method in loading.build_rules(options).items():
-            sites = plan(model.params, [(pattern, method)], usage=usage)
+            sites = plan(model.params, [(pattern, method)], usage=usage, exclude=model.family.statistics)
             caught |= {path: f"{pattern}: {method.name}" for path in sites if path not in caught}
     except ValueError as error:
         refused = str(error)
@@ -221,6 +212,7 @@ def targets(config: TargetsConfig) -> int:
     if refused is not None:
         raise UserError(refused)
     reporter.say(f"caught {len(caught)} of {len(leaves)} leaves; try others with --targets, --method, --train-fully")
+    reporter.say("stack|in|out: the axes along which matrices lie side by side, and those of their inputs and outputs")
     return 0
 
 

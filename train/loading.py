@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 import jlora
 from jlora.io import load_peft
 from jlora.methods import METHODS, Full, Method
 from jlora.train import chat, data, models, starts
+from jlora.train import mesh as meshes
 from jlora.train.checkpoint import Checkpoints, fingerprint
 from jlora.train.config import (
     DataOptions,
@@ -49,23 +53,25 @@ def load_model(
     quantize: str = "none",
     labels: Sequence[str] = (),
     seed: int = 0,
+    mesh: Mesh | None = None,
 ) -> models.LoadedModel:
     """The model, with a head for `labels` if there are any; `seed` is of one that has to be drawn."""
     with user_errors():
         model = models.load(
-            name, dtype="bfloat16" if bf16 else "float32", remat=remat, labels=labels or None, seed=seed
-        )
+            name, dtype="bfloat16" if bf16 else "float32", remat=remat, labels=labels or None, seed=seed,
+            mesh=mesh, specs=mesh and functools.partial(meshes.specs, mesh),
+        )  # fmt: skip
         if quantize == "none":
             return model
         params = jlora.quant.quantize(model.params, _FORMATS[quantize], usage=usage_of(model))
         return dataclasses.replace(model, params=params)
 
 
-def load_run_model(config: FinetuneConfig) -> models.LoadedModel:
-    """The base of a run, as the run had it."""
+def load_run_model(config: FinetuneConfig, mesh: Mesh | None = None) -> models.LoadedModel:
+    """The base of a run, as the run had it, on the devices of a mesh."""
     options = config.model
     return load_model(
-        options.model, options.bf16, options.remat, options.quantize, config.data.labels, config.train.seed
+        options.model, options.bf16, options.remat, options.quantize, config.data.labels, config.train.seed, mesh
     )
 
 
@@ -143,7 +149,9 @@ def build_adapted(
             adapted = starts.load(start, model, rules, usage, seed)
         else:
             stats = None if calibrate is None else calibrate(rules, usage)
-            adapted = jlora.adapt(model.params, rules, key=jax.random.key(seed), stats=stats, usage=usage)
+            adapted = jlora.adapt(
+                model.params, rules, key=jax.random.key(seed), stats=stats, usage=usage, exclude=model.family.statistics
+            )
     # Full() may hand out the base's own buffers, and training donates what it trains.
     return adapted.replace(trainable=jax.tree.map(jnp.copy, adapted.trainable))
 
@@ -188,14 +196,24 @@ def prepare_held_out(
         rows = data.encode(examples, tokenizer, options.max_length, options.packing)
     rows = dataclasses.replace(rows, **{name: values[:limit] for name, values in rows.fields.items()})
     room = model.config.max_positions - max_new_tokens
-    grouped = [(prompt, references) for prompt, references in data.references(examples) if prompt][:limit]
-    if grouped:
-        dialogues = {e.prompt for e in examples if isinstance(e, chat.Dialogue)}
-        ids = [tokenizer.encode(p) if p in dialogues else prompt_ids(p, model) for p, _ in grouped]
-        fits = [i for i in range(len(ids)) if len(ids[i]) <= room]
-        return HeldOut(rows, [grouped[i][0] for i in fits], [ids[i] for i in fits], [grouped[i][1] for i in fits])
+    references = {prompt: texts for prompt, texts in data.references(examples) if prompt}
+    if references:
+        found = decodable(examples, model, max_new_tokens, limit)
+        prompts = [prompt for prompt, _ in found]
+        return HeldOut(rows, prompts, [ids for _, ids in found], [references[prompt] for prompt in prompts])
     ids = [row[: min(_PROMPT_TOKENS, room)].tolist() for row in rows.ids]
     return HeldOut(rows, [tokenizer.decode(row) for row in ids], ids, None)
+
+
+def decodable(
+    examples: Sequence[Any], model: models.LoadedModel, max_new_tokens: int, limit: int | None = None
+) -> list[tuple[str, list[int]]]:
+    """Each distinct prompt of rendered examples, and its ids, without those that leave too little room to answer."""
+    prompts = dict.fromkeys(e.prompt for e in examples if e.prompt)
+    dialogues = {e.prompt for e in examples if isinstance(e, chat.Dialogue)}
+    encode = lambda p: model.tokenizer.encode(p) if p in dialogues else prompt_ids(p, model)
+    found = [(prompt, encode(prompt)) for prompt in list(prompts)[:limit]]
+    return [(prompt, ids) for prompt, ids in found if len(ids) <= model.config.max_positions - max_new_tokens]
 
 
 def render(examples: Sequence[Any], options: DataOptions, model: models.LoadedModel) -> Sequence[Any]:
@@ -219,10 +237,19 @@ def prompt_ids(text: str, model: models.LoadedModel) -> list[int]:
 
 def initial_state(config: FinetuneConfig, adapted: "jlora.Adapted") -> TrainState:
     """Step 0. The key is apart from the one that initialized the adapter."""
-    optimizer = make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, config.train.steps))
     key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
     with user_errors():
-        return TrainState(0, adapted.trainable, optimizer.init(adapted.trainable), key)
+        return TrainState(0, adapted.trainable, run_optimizer(config).init(adapted.trainable), key)
+
+
+def run_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
+    return make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, config.train.steps))
+
+
+def shardings(config: FinetuneConfig, adapted: "jlora.Adapted") -> tuple[PyTree, PyTree]:
+    """Where the trainable parameters and the optimizer's state of a run go, whose base lies on a mesh."""
+    trainable = jlora.shard.specs(adapted).trainable
+    return trainable, jlora.shard.of_state(run_optimizer(config), adapted.trainable, trainable)
 
 
 def abstract_arrays(config: FinetuneConfig, adapted: "jlora.Adapted") -> PyTree:

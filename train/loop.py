@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from jlora.train.call import Call
 from jlora.train.checkpoint import Checkpoints
 from jlora.train.config import RunError
 from jlora.train.metrics import next_token_loss
@@ -32,19 +33,23 @@ class Interrupted(Exception):
 
 
 def make_train_step(
-    apply: Callable, optimizer: optax.GradientTransformation, loss: Callable = next_token_loss
+    apply: Callable,
+    optimizer: optax.GradientTransformation,
+    loss: Callable = next_token_loss,
+    shardings: tuple[PyTree, PyTree] | None = None,
 ) -> Callable:
     """The compiled step: (trainable, opt_state, fixed, batch, key, step) -> (trainable, opt_state, metrics).
 
     `fixed` is the Adapted without its trainable part; `batch` holds [k, b, ...] arrays for k accumulated passes.
     `loss(call, batch, key)` gives the summed loss of a pass and what to divide it by, such as the scored tokens; `call`
     is the model with its parameters bound. The loss of a step is the quotient of the sums over all passes, hence the
-    same as that of one pass over k * b rows.
+    same as that of one pass over k * b rows. `shardings` are those of trainable and opt_state, where they lie on a
+    mesh: they stay there.
     """
 
     def summed_loss(trainable, fixed, batch, key):
         params = fixed.bind(trainable, context={"key": key})
-        return loss(lambda *inputs: apply({"params": params}, *inputs), batch, key)
+        return loss(Call(apply, params, fixed.base), batch, key)
 
     value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
@@ -68,7 +73,8 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    return jax.jit(step_fn, donate_argnums=(0, 1))
+    out_shardings = None if shardings is None else (*shardings, None)
+    return jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out_shardings)
 
 
 class StopSignals:
@@ -162,7 +168,7 @@ class Loop:
         parts = [next(self.batches) for _ in range(self.accumulation)]
         batch = self.task.trim(jax.tree.map(lambda *arrays: np.stack(arrays), *parts))
         trainable, opt_state, metrics = self.train_step(
-            state.trainable, state.opt_state, self.fixed, batch, state.key, np.int32(step)
+            state.trainable, state.opt_state, self.fixed, self.task.place(batch, 1), state.key, np.int32(step)
         )
         state = TrainState(step, trainable, opt_state, state.key)
         if self._clock is None:

@@ -24,16 +24,32 @@ def token_nll(
     `mask` is 1 where the token itself is a target; the logits at t-1 predict the token at t. The two sums are returned
     apart so that batches of unequal length add up to the exact mean over tokens.
     """
+    return jnp.sum(_scored_nll(logits, ids, mask)), jnp.sum(mask[..., 1:])
+
+
+def sequence_log_probs(
+    logits: Float[Array, "*b t vocab"], ids: Int[Array, "*b t"], mask: Float[Array, "*b t"]
+) -> Float[Array, "*b"]:
+    """The log-probability of the scored tokens of each row together, as in `token_nll`."""
+    return -jnp.sum(_scored_nll(logits, ids, mask), axis=-1)
+
+
+def _scored_nll(logits: Array, ids: Array, mask: Array) -> Float[Array, "*b t-1"]:
     targets, weights = ids[..., 1:], mask[..., 1:]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits[..., :-1, :].astype(jnp.float32), targets)
     # A padding token may have a loss of inf (or its product with 0 be NaN) in low precision: select, do not multiply.
+    return jnp.where(weights > 0, nll * weights, 0.0)
+
+
+def next_token_loss(call: Callable, batch: dict[str, Any], key: Any = None, chunk: int = 0):
+    """`token_nll` of a causal model on a batch; `call` is the model with its parameters bound. With a `chunk`, logits
+    are there for so many positions at a time (`LanguageModel.nll`)."""
+    ids, mask = batch["ids"], batch["mask"]
+    if not chunk:
+        return token_nll(call(ids, batch["positions"], batch["segment_ids"]), ids, mask)
+    targets, weights = jnp.roll(ids, -1, axis=-1), jnp.roll(mask, -1, axis=-1).at[..., -1].set(0)
+    nll = call(ids, batch["positions"], batch["segment_ids"], targets, chunk, method="nll")
     return jnp.sum(jnp.where(weights > 0, nll * weights, 0.0)), jnp.sum(weights)
-
-
-def next_token_loss(call: Callable, batch: dict[str, Any], key: Any = None):
-    """`token_nll` of a causal model on a batch; `call` is the model with its parameters bound."""
-    logits = call(batch["ids"], batch["positions"], batch["segment_ids"])
-    return token_nll(logits, batch["ids"], batch["mask"])
 
 
 def perplexity(nll: float) -> float:

@@ -32,6 +32,7 @@ OPTIMIZERS = {
     "adafactor": Kind(_adafactor),
     "lion": Kind(optax.lion),
     "sgd": Kind(_sgd),
+    "adagrad_norm": Kind(optim.adagrad_norm),
     # Of pairs of factors.
     "lora_plus": Kind(optim.lora_plus, around_adamw=True),
     "lora_pro": Kind(optim.lora_pro, around_adamw=True),
@@ -49,6 +50,10 @@ OPTIMIZERS = {
     "fira": Kind(optim.fira),
     "apollo": Kind(optim.apollo),
     "dct": Kind(optim.dct, around_adamw=True),
+    "trion": Kind(optim.trion),
+    "owlore": Kind(optim.owlore, around_adamw=True),
+    # Of some layers at a time.
+    "lisa": Kind(optim.lisa, around_adamw=True),
 }
 
 
@@ -77,8 +82,14 @@ def make_optimizer(options: OptimizerOptions, rate: optax.ScalarOrSchedule) -> o
                 f"--optimizer {options.optimizer} has no option {name!r} for --optimizer-options: "
                 f"it has {', '.join(own) or 'none'}"
             )
+    if options.state_bits == 8 and not (kind.around_adamw or kind.make is optax.adamw):
+        able = ", ".join(name for name, other in OPTIMIZERS.items() if other.around_adamw)
+        raise UserError(
+            f"--state-bits 8 is AdamW's, not that of --optimizer {options.optimizer}: leave it, or take adamw, {able}"
+        )
     if kind.around_adamw:
         first = optax.adamw(rate, **common)
+        first = optim.quantized_state(first) if options.state_bits == 8 else first
     else:
         first = rate
         if options.weight_decay and "weight_decay" not in known:
@@ -90,4 +101,6 @@ def make_optimizer(options: OptimizerOptions, rate: optax.ScalarOrSchedule) -> o
         optimizer = kind.make(first, **given)
     except (ValueError, TypeError) as error:
         raise UserError(f"--optimizer {options.optimizer}: {error}") from error
+    if options.state_bits == 8 and not kind.around_adamw:
+        optimizer = optim.quantized_state(optimizer)
     return optax.chain(optax.clip_by_global_norm(options.clip_norm), optimizer) if options.clip_norm else optimizer

@@ -22,6 +22,7 @@ from jlora.calibrate import Calibration, planned
 from jlora.lift import LeafUsage
 from jlora.methods import LoRA, Method, Site
 from jlora.train import data
+from jlora.train.call import Call
 from jlora.train.config import MethodOptions, UserError, literal_options
 from jlora.train.run import write_file
 
@@ -64,7 +65,7 @@ def calibrate(
     key = jax.random.key(seed)  # of losses that draw: what is masked
 
     def loss(params: Any, batch: dict[str, Any]) -> jax.Array:
-        total, count = task.loss(lambda *inputs: model.module.apply({"params": params}, *inputs), batch, key)
+        total, count = task.loss(Call(model.module.apply, params), batch, key)
         return total / jax.numpy.maximum(count, 1.0)
 
     return jlora.calibrate(
@@ -101,7 +102,7 @@ def load(file: Path, model: Any, rules: dict[str, Method], usage: dict[str, Leaf
         ranks = json.loads(str(arrays.pop(_SITES)))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} cannot be read, and it holds what the adapters started at: {error}") from error
-    sites = plan(model.params, rules, usage=usage)
+    sites = plan(model.params, rules, usage=usage, exclude=model.family.statistics)
     sites = {path: _with_ranks(sites[path], own) for path, own in ranks.items()}
     key, shape = jax.random.key(seed), lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     abstract = {path: shape(leaf) for path, leaf in paths.flatten(model.params)[0]}

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import subprocess
 import sys
 
 import matplotlib.image
@@ -53,6 +54,24 @@ def test_misspelt_option_is_an_error(capsys):
         main(["finetune", "--rnak", "4"])
     assert stop.value.code == 2
     assert "--rank" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="wants bash")
+def test_bash_completes(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["--tyro-print-completion", "bash"])
+    (tmp_path / "jlora").write_text(capsys.readouterr().out)
+    for words, wanted in {
+        "jlora me": {"merge", "methods"},
+        "jlora finetune --opt": {"--optimizer", "--optimizer-options"},
+        "jlora finetune --quantize ": {"none", "nf4", "int8"},
+    }.items():
+        *before, last = words.split(" ")
+        script = f"""source {tmp_path / "jlora"}
+            COMP_WORDS=({" ".join(before)} "{last}"); COMP_CWORD={len(before)}
+            $(complete -p jlora | sed 's/.*-F //; s/ .*//'); printf '%s\\n' "${{COMPREPLY[@]}}" """
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert set(done.stdout.split()) == wanted
 
 
 def test_missing_extra_says_how_to_install_it(monkeypatch, capsys):
@@ -108,6 +127,17 @@ def test_generate_evaluate_inspect_read_a_run(run, capsys):
     assert main(["inspect", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "model/layers/self_attn/q_proj/kernel" in printed and "12 of 12" in printed
+
+
+def test_inspect_measures_and_draws(run, tmp_path, capsys):
+    figure = tmp_path / "new" / "adapter.png"
+    assert main(["inspect", str(run), "--intruders", "3", "--plot", str(figure)]) == 0
+    printed = capsys.readouterr().out
+    (row,) = (line for line in printed.splitlines() if line.startswith("model/layers/self_attn/q_proj/kernel[0] "))
+    assert row.split()[-2:] == ["of", "3"] and "change/weight" in printed
+    assert matplotlib.image.imread(figure).shape[1] == 1575
+    assert main(["inspect", str(run), "--plot", str(figure)]) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_base_alone_is_evaluated_too(run, tiny_data, capsys):

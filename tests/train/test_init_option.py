@@ -46,6 +46,23 @@ def test_pissa_is_saved_for_the_original_weights(tiny_options, tmp_path):
 
 
 @pytest.mark.slow
+def test_masks_of_shira(tiny_options, compile_once, tmp_path):
+    """The places are those that data chose, and what is saved holds them."""
+    at = tiny_options.index("--dropout")
+    options = tiny_options[:at] + tiny_options[at + 2 :]
+    few = [*options, "--method", "shira", "--steps", "1", "--eval-every", "0", "--no-generate"]
+    places = {}
+    for name, options in {"random": [], "snip": ["--init", "snip_mask", "--calibration-batches", "2"]}.items():
+        assert main([*few, *options, "--out", str(tmp_path / name)]) == 0
+        tensors = safetensors.numpy.load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        places[name] = {key: value for key, value in tensors.items() if "shira_indices" in key}
+    assert places["snip"].keys() == places["random"].keys()
+    assert not any(np.array_equal(places["snip"][key], places["random"][key]) for key in places["snip"])
+    results = [json.loads((tmp_path / name / "results.json").read_text())["before"] for name in places]
+    assert results[0] == results[1]
+
+
+@pytest.mark.slow
 def test_the_model_is_the_base_before_training(tiny_options, compile_once, tmp_path):
     before = []
     for options in ([], ["--init", "pissa"], ["--init", "olora"], ["--init", "corda", "--calibration-batches", "4"]):
@@ -64,6 +81,7 @@ def test_the_model_is_the_base_before_training(tiny_options, compile_once, tmp_p
         (["--init-options", "iterations=4"], "--init-options is for --init"),
         (["--init", "lora_sb", "--method", "lora_xs"], "say its size"),
         (["--init", "pissa", "--method", "vera"], "vera has none"),
+        (["--init", "snip_mask"], "give it to jlora.SHiRA"),
         (["--init", "eva", "--calibration-batches", "0"], "--calibration-batches must be above 0"),
     ],
 )

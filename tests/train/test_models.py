@@ -1,16 +1,21 @@
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 from jlora.train import models
 from jlora.train.models import hf, layers, stories
 
+DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
 GOLDEN = [
     ("Once upon a time, there was a little girl named Lily. She loved to play with her toys in the park.", 31, 1.29),
     ("One day, a boy named Tim found a big red ball. He was very happy and showed it to his mom.", 33, 2.10),
@@ -90,6 +95,68 @@ def test_shards_equal_the_single_file(stories, directory):
     shards[1].unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00004.safetensors is missing, though .*index.json"):
         models.load(directory)
+
+
+SPECS = {
+    "**/q_proj/kernel": P(None, None, "model"),
+    "**/{k,v}_proj/kernel": P(None, "model", "data"),
+    "**/o_proj/kernel": P(None, ("data", "model"), None),
+    re.compile("mlp/(up|gate)_proj"): P(None, None, "model"),
+    "**/down_proj/kernel": P(None, "data"),
+    "**/embedding": P("model", "data"),
+}
+
+
+def test_loading_onto_a_mesh(stories, directory, devices, monkeypatch):
+    """Each leaf lies where its spec says; each number is read once, however many devices get it."""
+    mesh = Mesh(np.array(devices).reshape(2, 4), ("data", "model"))
+    monkeypatch.setattr(hf, "_PORTION_BYTES", 1000)
+    read = []
+    build = hf.build_params
+
+    def counting(module, shapes, fetch, *rest, **options):
+        def counted(name, block):
+            read.append(fetch(name, block).size)
+            return fetch(name, block)
+
+        return build(module, shapes, counted, *rest, **options)
+
+    monkeypatch.setattr(hf, "build_params", counting)
+    for source in (directory, "stories260k"):
+        read.clear()
+        params = models.load(source, mesh=mesh, specs=SPECS).params
+        assert sum(read) == sum(leaf.size for leaf in jax.tree.leaves(params)) == 260_032
+        jax.tree.map(np.testing.assert_array_equal, params, stories.params)
+        specs = {path: leaf.sharding.spec for path, leaf in flatten_dict(params, sep="/").items()}
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(params))
+        assert specs["model/layers/self_attn/v_proj/kernel"] == P(None, "model", "data")
+        assert specs["model/layers/mlp/gate_proj/kernel"] == P(None, None, "model")
+        assert specs["model/norm/scale"] == P()
+    whole = models.load(directory, mesh=mesh).params
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(whole))
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, "model"), P("data", "model"), P(None, "data", None, "model")])
+def test_experts_onto_a_mesh(spec, devices):
+    """Layers, experts, inputs and outputs of a leaf that many tensors make up."""
+    source = DATA / "mixtral"
+    wanted = models.load(source).params
+    mesh = Mesh(np.array(devices[:4]).reshape(2, 2), ("data", "model"))
+    params = models.load(source, mesh=mesh, specs={"**/experts/*": spec}).params
+    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+    found = {path: leaf.sharding.spec for path, leaf in flatten_dict(params, sep="/").items() if "/experts/" in path}
+    assert len(found) == 2 and set(found.values()) == {spec}
+
+
+def test_specs_that_do_not_fit(devices):
+    mesh = Mesh(np.array(devices[:2]), ("model",))
+    with pytest.raises(ValueError, match="model/layers/mlp/down_proj/kernel"):
+        models.load("stories260k", mesh=mesh, specs={"**/down_proj/kernel": P("model")})
+
+
+def test_specs_without_a_mesh():
+    with pytest.raises(ValueError, match="pass mesh="):
+        models.load("stories260k", specs=SPECS)
 
 
 def test_bfloat16_files_and_parameters(stories, directory):

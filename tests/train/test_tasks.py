@@ -52,9 +52,11 @@ def write_tokenizer(directory: pathlib.Path) -> None:
 def checkpoints(tmp_path_factory) -> pathlib.Path:
     """The recorded encoders, with tokenizers, and a small ViT."""
     root = tmp_path_factory.mktemp("checkpoints")
-    for name in ("bert_bare", "bert_masked_lm", "roberta_masked_lm"):
+    for name in ("bert_bare", "bert_masked_lm", "roberta_masked_lm", "resnet"):
         shutil.copytree(DATA / name, root / name, copy_function=shutil.copyfile)
-        write_tokenizer(root / name)
+        if name != "resnet":
+            write_tokenizer(root / name)
+    (root / "resnet" / "preprocessor_config.json").write_text(json.dumps({"size": 16, "crop_pct": 0.8, "resample": 3}))
     source = {
         "model_type": "vit", "architectures": ["ViTModel"], "hidden_size": 16, "intermediate_size": 24,
         "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4, "num_channels": 3,
@@ -285,6 +287,70 @@ def test_images_of_folders_and_of_npz(checkpoints, folders, tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", "--run", str(run), "--data", str(tmp_path / "more.npz")]) == 0
     assert "accuracy 1.0000" in capsys.readouterr().out
+
+
+def test_resnet_learns_images_and_keeps_its_statistics(checkpoints, folders, tmp_path):
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    options = ["--task", "image-classification", "--model", checkpoints / "resnet", "--data", folders]
+    results = finetune(run, *options, "--learning-rate", "1e-2", "--steps", "100")
+    assert results["before"]["accuracy"] < 0.9 and results["after"]["accuracy"] == 1.0
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    first = "base_model.model.resnet.encoder.stages.0.layers.0.layer.1.convolution.lora_A.weight"
+    assert adapter[first].shape == (2, 2, 3, 3) and adapter["base_model.model.classifier.1.weight"].shape == (2, 16)
+    assert len([name for name in adapter if "lora_A" in name]) == 1 + 3 * 3 + 2
+    assert main(["merge", "--run", str(run), "--out", str(merged)]) == 0
+    assert (merged / "preprocessor_config.json").exists()
+    before, after = (load_file(directory / hf.WEIGHTS) for directory in (checkpoints / "resnet", merged))
+    same = {name: np.array_equal(tensor, before[name]) for name, tensor in after.items()}
+    kind = lambda name: name.startswith("classifier.") or "convolution" in name
+    assert {kind(name) for name, equal in same.items() if equal} == {False}  # norms and their statistics
+    assert {kind(name) for name, equal in same.items() if not equal} == {True}
+
+
+def test_full_training_leaves_statistics_alone(checkpoints):
+    from jlora.train import loading
+    from jlora.train.config import MethodOptions
+
+    model = models.load(checkpoints / "resnet")
+    adapted = loading.build_adapted(model, loading.resolve_targets(MethodOptions(method="full"), model), seed=0)
+    left = {path.split("/")[-1] for path in flatten_dict(model.params, sep="/") if path not in adapted.sites}
+    assert left == {"running_mean", "running_var"}
+
+
+def test_images_are_resized_and_the_middle_is_cut_out(checkpoints):
+    from jlora.train.tasks.images import Processor
+
+    processor = Processor.of(models.load(checkpoints / "resnet"))
+    image = np.random.default_rng(0).integers(0, 256, (30, 45, 3)).astype(np.uint8)
+    resized = Image.fromarray(image).resize((30, 20), Image.Resampling.BICUBIC)  # 16 / 0.8 high
+    np.testing.assert_array_equal(processor.pixels(image), np.asarray(resized)[2:18, 7:23])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("shape", [(30, 45), (61, 33), (16, 16)])
+def test_pixels_are_those_of_transformers(shape, checkpoints):
+    pytest.importorskip("torch")
+    module = pytest.importorskip("transformers.models.convnext.image_processing_pil_convnext")
+    from jlora.train.tasks.images import Processor
+
+    peer = module.ConvNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_pct=0.8, resample=3, do_rescale=False, do_normalize=False
+    )
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    want = np.asarray(peer(Image.fromarray(image), return_tensors="np")["pixel_values"][0])
+    got = Processor.of(models.load(checkpoints / "resnet")).pixels(image)
+    np.testing.assert_array_equal(np.moveaxis(got, -1, 0), want)
+
+
+def test_sizes_of_images_that_are_not_known_are_refused(checkpoints, tmp_path):
+    from jlora.train.config import UserError
+    from jlora.train.tasks.images import Processor
+
+    shutil.copytree(checkpoints / "resnet", tmp_path / "resnet", copy_function=shutil.copyfile)
+    (tmp_path / "resnet" / "preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 9}}))
+    with pytest.raises(UserError, match="size is {'longest_edge': 9}; wanted a number"):
+        Processor.of(models.load(tmp_path / "resnet"))
 
 
 def test_grey_images_of_another_size_are_those_of_pillow(checkpoints):

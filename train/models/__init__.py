@@ -9,13 +9,16 @@ import math
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, PartitionSpec
 
+from jlora import shard
+from jlora.paths import Pattern
 from jlora.train.models import (
     bert,
     gemma2,
@@ -32,6 +35,7 @@ from jlora.train.models import (
     qwen2_moe,
     qwen3,
     qwen3_moe,
+    resnet,
     roberta,
     stories,
     vit,
@@ -43,12 +47,20 @@ from jlora.train.models.layers import DecoderConfig as DecoderConfig
 from jlora.train.tokenizers import Tokenizer, read_tokenizer, stories_tokenizer
 
 _MODULES = (
-    bert, gemma2, gemma3, gpt2, llama, mistral, mixtral, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, roberta, vit,
+    bert, gemma2, gemma3, gpt2, llama, mistral, mixtral, phi3, qwen2, qwen2_moe, qwen3, qwen3_moe, resnet, roberta, vit,
 )  # fmt: skip
 FAMILIES: dict[str, Family] = {module.FAMILY.model_type: module.FAMILY for module in _MODULES}
 BUNDLED = "stories260k"
 # Files that ride along unchanged when a model read from a directory is written to another.
-_COMPANIONS = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+_COMPANIONS = (
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+    "preprocessor_config.json",
+)  # fmt: skip
+
+
+Specs = (
+    Mapping[Pattern, PartitionSpec] | Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[Pattern, PartitionSpec]]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +108,8 @@ def load(
     remat: bool = False,
     labels: Sequence[str] | None = None,
     seed: int = 0,
+    mesh: Mesh | None = None,
+    specs: Specs | None = None,
 ) -> LoadedModel:
     """Loads the bundled model ("stories260k"), a directory in the Hugging Face layout, or a GGUF file.
 
@@ -107,8 +121,17 @@ def load(
       remat: recompute each block in the backward pass; less memory for about a third more time.
       labels: names of classes, for a classification head in place of what the checkpoint has on top. It is the
         checkpoint's own if that tells these classes apart, in this order; otherwise it is drawn from `seed`.
+      mesh: devices to put the parameters on while they are read: of each leaf, the block of one device at a time is
+        in the memory of the host. Default: the default device.
+      specs: how leaves are sharded over the mesh, {pattern of paths: PartitionSpec}, such as
+        {"**/up_proj/kernel": P(None, None, "model")}. The first pattern that matches counts; a leaf that none matches
+        goes to every device as a whole. Or a function that gives such specs for {path: shape and dtype of a leaf}.
     """
     new: dict[str, Any] = {}
+    if specs is not None and mesh is None:
+        raise ValueError("specs are of a mesh: pass mesh=jax.make_mesh(...), too")
+    chosen = specs if callable(specs) else lambda leaves: specs or {}
+    place = None if mesh is None else lambda leaves: shard.of_params(leaves, mesh, chosen(leaves))
     bundled = str(name_or_directory).lower() == BUNDLED
     found = packaged.find(str(name_or_directory))
     directory = None if bundled else found[1] if found else pathlib.Path(name_or_directory)
@@ -129,10 +152,11 @@ def load(
     module = family.module(config, remat=remat)
     if bundled:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        params = hf.build_params(module, shapes, lambda name, rows: tensors[name][rows], BUNDLED)
+        params = hf.build_params(module, shapes, lambda name, block: tensors[name][block], BUNDLED, place=place)
         tokenizer = stories_tokenizer()
     elif file is not None:
-        params = hf.build_params(module, file.shapes(), file.read, where, family.layout, family.inputs(config))
+        inputs = family.inputs(config)
+        params = hf.build_params(module, file.shapes(), file.read, where, family.layout, inputs, place=place)
         tokenizer, directory = file.read_tokenizer(), None
     else:
         inputs = family.inputs(config)
@@ -140,7 +164,7 @@ def load(
             new = {"drawn": hf.draw(module, inputs, family.layout.new_head, seed), "without": r"^classifier\."}
             source |= {"architectures": [type(module).__name__], "id2label": dict(enumerate(labels))}
             source |= {"label2id": {label: i for i, label in enumerate(labels)}}
-        params = hf.load_params(module, directory, family.layout, inputs, **new)
+        params = hf.load_params(module, directory, family.layout, inputs, **new, place=place)
         tokenizer = read_tokenizer(directory, source)
     name = BUNDLED if bundled else found[0] if found else str(name_or_directory)
     leaves = flatten_dict(params, sep="/")

@@ -71,12 +71,9 @@ def encoder_fields(source: dict[str, Any], heads: Mapping[str, str | None], read
     """
     hf.refuse_unknown(source, {*_READ, *reads})
     need = functools.partial(hf.needed, source)
-    architectures = source.get("architectures") or list(heads)[:1]
-    if architectures[0] not in heads:
-        raise ValueError(f"the architecture is {architectures[0]!r}; built are {', '.join(heads)}")
     for key in ("is_decoder", "add_cross_attention"):
         hf.refuse_unless(source, key, False)
-    return {
+    return head_fields(source, heads) | {
         "hidden_size": need("hidden_size"),
         "intermediate_size": need("intermediate_size"),
         "num_layers": need("num_hidden_layers"),
@@ -84,9 +81,16 @@ def encoder_fields(source: dict[str, Any], heads: Mapping[str, str | None], read
         "activation": source.get("hidden_act", "gelu"),
         "norm_eps": source.get("layer_norm_eps", 1e-12),
         "init_range": source.get("initializer_range", 0.02),
-        "head": heads[architectures[0]],
-        "num_labels": len(source["id2label"]) if source.get("id2label") else source.get("num_labels", 2),
     }
+
+
+def head_fields(source: dict[str, Any], heads: Mapping[str, str | None]) -> dict[str, Any]:
+    """What is on top, and how many classes it has; `heads` as for `encoder_fields`."""
+    architectures = source.get("architectures") or list(heads)[:1]
+    if architectures[0] not in heads:
+        raise ValueError(f"the architecture is {architectures[0]!r}; built are {', '.join(heads)}")
+    labels = len(source["id2label"]) if source.get("id2label") else source.get("num_labels", 2)
+    return {"head": heads[architectures[0]], "num_labels": labels}
 
 
 def dense(config: Any, features: int, name: str | None = None, bias: bool = True, **more: Any) -> nn.Dense:

@@ -87,8 +87,12 @@ class File:
         """{name in the Hugging Face layout: shape}."""
         return {name: self._stored[stored].shape[::-1] for name, stored in self.tensors.items()}
 
-    def read(self, name: str, rows: slice) -> np.ndarray:
-        """Some rows of a tensor, dequantized. They are read, not mapped, so that they do not stay in memory."""
+    def read(self, name: str, block: tuple[slice, ...]) -> np.ndarray:
+        """A block of a tensor, dequantized. Its rows are read, not mapped, so that they do not stay in memory."""
+        rows, *others = block
+        return self._rows(name, rows)[:, *others]
+
+    def _rows(self, name: str, rows: slice) -> np.ndarray:
         tensor = self._stored[self.tensors[name]]
         heads = self._rotated_heads(name)
         if len(tensor.shape) == 1:

@@ -10,11 +10,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from jlora.train.models import hf
 from jlora.train.models.encoders import ACTIVATIONS, dense, layer_norm, table
-from jlora.train.models.layers import Cache, causal_mask, dot_general_f32
+from jlora.train.models.layers import Head, LanguageModel, causal_mask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,8 +156,8 @@ class Transformer(nn.Module):
         return self.ln_f(x), cache
 
 
-class GPT2LMHeadModel(nn.Module):
-    """Logits [b, t, vocab] in float32; called as `layers.CausalLM` is."""
+class GPT2LMHeadModel(LanguageModel):
+    """GPT-2 with a language-model head."""
 
     config: GPT2Config
     remat: bool = False
@@ -166,21 +165,14 @@ class GPT2LMHeadModel(nn.Module):
     def setup(self):
         self.transformer = Transformer(self.config, self.remat)
         if not self.config.tie_embeddings:
-            self.lm_head = dense(self.config, self.config.vocab_size, bias=False, dot_general=dot_general_f32)
+            init = nn.initializers.normal(self.config.init_range)
+            self.lm_head = Head(self.config.hidden_size, self.config.vocab_size, self.config.dtype, init)
 
-    def __call__(
-        self,
-        ids: Int[Array, "b t"],
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        cache: Cache | None = None,
-    ):
-        x, updated = self.transformer(ids, positions, segment_ids, cache)
-        if self.config.tie_embeddings:
-            logits = dot_general_f32(x, self.transformer.wte.embedding, (((2,), (1,)), ((), ())))
-        else:
-            logits = self.lm_head(x)
-        return logits if cache is None else (logits, updated)
+    def hidden(self, ids, positions, segment_ids, cache):
+        return self.transformer(ids, positions, segment_ids, cache)
+
+    def head(self):
+        return (self.transformer.wte.embedding, 1) if self.config.tie_embeddings else (self.lm_head.kernel, 0)
 
 
 # The blocks of old files hold their causal masks, too.

@@ -8,11 +8,12 @@ family differ from the rule, its `Layout` says how.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -35,6 +37,8 @@ _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
 Index = tuple[int | slice, ...]
+Block = tuple[slice, ...]
+"""Where a block of an array lies: a start and a stop for each axis."""
 
 
 # Entries of config.json that have no part in what a model computes.
@@ -95,13 +99,11 @@ class Layout:
 
     def to_file(self, path: str, tensor: np.ndarray) -> np.ndarray:
         """A piece of a leaf as it is stored: a view."""
-        if not self._turned(path):
-            return tensor
-        return tensor.transpose(tensor.ndim - 1, tensor.ndim - 2, *range(tensor.ndim - 2))
+        return tensor.transpose(self.stored_order(path, range(tensor.ndim)))
 
-    def stored_shape(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in the files of a piece of this shape."""
-        return (*shape[:-3:-1], *shape[:-2]) if self._turned(path) else shape
+    def stored_order(self, path: str, axes: Sequence[Any]) -> tuple[Any, ...]:
+        """What there is for each axis of a piece of a leaf, such as its length, in the order of the files."""
+        return (*axes[:-3:-1], *axes[:-2]) if self._turned(path) else tuple(axes)
 
     def _turned(self, path: str) -> bool:
         kernel = path.endswith("/kernel") or bool(self._parts(path))
@@ -138,7 +140,8 @@ class Family:
     """What is particular to one `model_type`: how its config.json is read, the module it describes, and its files.
 
     `inputs` gives the shapes of an example of what the module is called with, `targets` are the patterns of the leaves
-    to adapt when none are chosen, `writes_text` is whether the model predicts the next token.
+    to adapt when none are chosen, `writes_text` is whether the model predicts the next token, `statistics` are patterns
+    of leaves that describe the data seen in pretraining: no method adapts or trains them.
     """
 
     model_type: str
@@ -148,6 +151,7 @@ class Family:
     inputs: Callable[[Any], tuple[jax.ShapeDtypeStruct, ...]] = token_ids
     targets: tuple[str, ...] = ("all-linear",)
     writes_text: bool = True
+    statistics: tuple[str, ...] = ()
 
 
 def needed(source: dict[str, Any], key: str) -> Any:
@@ -190,6 +194,10 @@ def abstract_params(
     return flatten_dict(variables["params"], sep="/")
 
 
+Place = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, Sharding]]
+"""From the leaves of a model by path to where each of them goes."""
+
+
 def draw(module: nn.Module, inputs: tuple[jax.ShapeDtypeStruct, ...], pattern: str, seed: int) -> dict[str, Array]:
     """The initial values of the leaves whose path matches, and no other's."""
 
@@ -217,24 +225,27 @@ def tensor_names(path: str, shape: tuple[int, ...]) -> list[str]:
 def build_params(
     module: nn.Module,
     shapes: Mapping[str, tuple[int, ...]],
-    read: Callable[[str, slice], np.ndarray],
+    read: Callable[[str, Block], np.ndarray],
     where: str,
     layout: Layout = Layout(),
     inputs: tuple[jax.ShapeDtypeStruct, ...] | None = None,
     drawn: Mapping[str, Array] | None = None,
+    place: Place | None = None,
 ) -> dict[str, Any]:
-    """The module's parameter tree from named tensors: `shapes` tells what there is, `read` fetches rows of one.
+    """The module's parameter tree from named tensors: `shapes` tells what there is, `read` fetches a block of one.
 
-    `drawn` has leaves of a new head, by path: they are used where there are no such tensors.
+    `drawn` has leaves of a new head, by path: they are used where there are no such tensors. `place` says where leaves
+    go; without it they go to the default device.
 
     A portion of a tensor is read at a time, straight into its place in the leaf, so that beside the parameters there is
-    never more than that in memory. Names or shapes that do not fit are an error that lists them, before anything is
-    read.
+    never more than that in memory. Of a leaf that is sharded, only the block of one device is read at a time, and on
+    each process only those of its own devices. Names or shapes that do not fit are an error that lists them, before
+    anything is read.
     """
     leaves = abstract_params(module, inputs)
     pieces = {path: layout.pieces(path, leaf.shape) for path, leaf in leaves.items()}
     wanted = {
-        name: layout.stored_shape(path, _shape_at(leaf.shape, index))
+        name: layout.stored_order(path, _shape_at(leaf.shape, index))
         for path, leaf in leaves.items()
         for name, index in pieces[path]
     }
@@ -242,30 +253,79 @@ def build_params(
     new = {path: leaf for path, leaf in (drawn or {}).items() if not any(name in files for name, _ in pieces[path])}
     wanted = {name: shape for name, shape in wanted.items() if not any(name in dict(pieces[path]) for path in new)}
     _check(wanted, {name: tuple(shapes[file]) for name, file in files.items()}, layout, where)
-    params = {}
-    for path, leaf in leaves.items():
-        if path in new:
-            params[path] = new[path]
-            continue
-        buffer = _aligned(leaf.shape, leaf.dtype)
+    shardings = place(leaves) if place is not None else {}
+
+    def block_of(path: str, block: Block) -> np.ndarray:
+        leaf = leaves[path]
+        buffer = _aligned(tuple(axis.stop - axis.start for axis in block), leaf.dtype)
         for name, index in pieces[path]:
-            stored = layout.to_file(path, buffer[index])
-            for rows in _portions(stored):
-                portion = read(files[name], rows)
+            common = _overlap(index, block, leaf.shape)
+            if common is None:
+                continue
+            stored = layout.to_file(path, buffer[common[0]])
+            first, *others = layout.stored_order(path, common[1])
+            # A row is read as a whole, also where a block has a part of it only.
+            for rows in _portions(len(stored), math.prod(wanted[name][1:]) * leaf.dtype.itemsize):
+                portion = read(files[name], (slice(first.start + rows.start, first.start + rows.stop), *others))
                 if not jnp.issubdtype(portion.dtype, jnp.floating):
                     raise ValueError(f"{where}: {name} is {portion.dtype}; quantized checkpoints are not read here")
                 stored[rows] = portion
-        params[path] = jax.device_put(buffer)
+        return buffer
+
+    params = {}
+    for path, leaf in leaves.items():
+        sharding = shardings.get(path)
+        if path in new:
+            params[path] = new[path] if sharding is None else jax.device_put(new[path], sharding)
+        elif sharding is None:
+            params[path] = jax.device_put(block_of(path, tuple(slice(0, n) for n in leaf.shape)))
+        else:
+            params[path] = _sharded(leaf.shape, sharding, functools.partial(block_of, path))
     return unflatten_dict(params, sep="/")
+
+
+def _overlap(index: Index, block: Block, shape: tuple[int, ...]) -> tuple[Index, Block] | None:
+    """What a piece that lies at `index` of a leaf and a block of that leaf have in common: where it is in the block,
+    and where in the piece.
+
+    >>> _overlap((3,), (slice(2, 4), slice(0, 5)), (6, 10))
+    ((1, slice(0, 5, None)), (slice(0, 5, None),))
+    """
+    in_block, in_piece = [], []
+    index += (slice(None),) * (len(shape) - len(index))
+    for at, axis, n in zip(index, block, shape, strict=True):
+        first, last = (at, at + 1) if isinstance(at, int) else at.indices(n)[:2]
+        start, stop = max(first, axis.start), min(last, axis.stop)
+        if start >= stop:
+            return None
+        if isinstance(at, int):
+            in_block.append(at - axis.start)
+        else:
+            in_block.append(slice(start - axis.start, stop - axis.start))
+            in_piece.append(slice(start - first, stop - first))
+    return tuple(in_block), tuple(in_piece)
+
+
+def _sharded(shape: tuple[int, ...], sharding: Sharding, block_of: Callable[[Block], np.ndarray]) -> Array:
+    """An array with this sharding. A block is asked for once, however many devices hold it, and let go when they do."""
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(axis.indices(n)[:2] for axis, n in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        block = block_of(tuple(slice(*axis) for axis in bounds))
+        arrays += [jax.device_put(block, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 _PORTION_BYTES = 2**24
 
 
-def _portions(tensor: np.ndarray) -> list[slice]:
-    """Slices of rows of about `_PORTION_BYTES` each, all rows together."""
-    step = max(1, _PORTION_BYTES * tensor.shape[0] // max(tensor.nbytes, 1))
-    return [slice(start, min(start + step, tensor.shape[0])) for start in range(0, tensor.shape[0], step)]
+def _portions(rows: int, row_bytes: int) -> list[slice]:
+    """Slices of about `_PORTION_BYTES` each, all rows together."""
+    step = max(1, _PORTION_BYTES // max(row_bytes, 1))
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
@@ -324,10 +384,11 @@ def load_params(
     inputs: tuple[jax.ShapeDtypeStruct, ...] | None = None,
     drawn: Mapping[str, Array] | None = None,
     without: str | None = None,
+    place: Place | None = None,
 ) -> dict[str, Any]:
     """The module's parameters from `directory`: one model.safetensors, or the shards that the index lists.
 
-    `drawn` is as for `build_params`; tensors whose name matches `without` are taken not to be there.
+    `drawn` and `place` are as for `build_params`; tensors whose name matches `without` are taken not to be there.
     """
     holder, shapes = {}, {}
     for file in _weight_files(directory):
@@ -336,12 +397,12 @@ def load_params(
             shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in names}
             holder |= dict.fromkeys(names, file)
 
-    def read(name: str, rows: slice) -> np.ndarray:
+    def read(name: str, block: Block) -> np.ndarray:
         # A file is mapped into memory as far as it was read, until it is closed.
         with _opened(holder[name]) as handle:
-            return handle.get_slice(name)[rows]
+            return handle.get_slice(name)[block]
 
-    return build_params(module, shapes, read, str(directory), layout, inputs, drawn)
+    return build_params(module, shapes, read, str(directory), layout, inputs, drawn, place)
 
 
 @contextlib.contextmanager

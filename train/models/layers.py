@@ -15,11 +15,14 @@ differ, each kind of attention is prepared once and a flag that is scanned with 
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -410,12 +413,75 @@ class Decoder(nn.Module):
         return amplitude * jnp.cos(angles), amplitude * jnp.sin(angles), mask
 
 
-class CausalLM(nn.Module):
-    """A decoder with a language-model head.
+class Head(nn.Module):
+    """The kernel [in, vocab] of a head that is not the embedding."""
+
+    features: int
+    vocab_size: int
+    dtype: str
+    init: Callable
+
+    def setup(self):
+        self.kernel = self.param("kernel", self.init, (self.features, self.vocab_size), self.dtype)
+
+
+class LanguageModel(nn.Module):
+    """What models of the next token have in common, over `hidden` and `head`.
 
     `module.apply({"params": params}, ids)` gives logits [b, t, vocab] in float32. Optional arguments:
     `positions` [b, t] (default 0, 1, ...), `segment_ids` [b, t] (a token attends only to earlier tokens of its own
     segment: several sequences packed in a row, or 0 for padding), and `cache`: then the result is (logits, new cache).
+    """
+
+    def hidden(self, ids, positions, segment_ids, cache) -> tuple[Float[Array, "b t d"], Cache | None]:
+        """The activations that the head reads, and the cache with the new tokens."""
+        raise NotImplementedError
+
+    def head(self) -> tuple[Array, int]:
+        """The head's matrix, and which of its axes is contracted: of an embedding that is tied to it, the second."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        ids: Int[Array, "b t"],
+        positions: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        cache: Cache | None = None,
+    ):
+        x, updated = self.hidden(ids, positions, segment_ids, cache)
+        logits = self.logits(x)
+        return logits if cache is None else (logits, updated)
+
+    def logits(self, x: Float[Array, "*n d"]) -> Float[Array, "*n vocab"]:
+        w, axis = self.head()
+        logits = dot_general_f32(x, w, (((x.ndim - 1,), (axis,)), ((), ())))
+        cap = getattr(self.config, "logit_softcap", None)
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def nll(
+        self, ids: Int[Array, "b t"], positions: Any, segment_ids: Any, targets: Int[Array, "b t"], chunk: int
+    ) -> Float[Array, "b t"]:
+        """-log p(targets), without ever holding all logits: those of `chunk` positions at a time are formed, and again
+        in the backward pass."""
+        x, _ = self.hidden(ids, positions, segment_ids, None)
+        batch, length, _ = x.shape
+        pad = -length % chunk
+
+        @jax.checkpoint
+        def one(part):
+            return optax.softmax_cross_entropy_with_integer_labels(self.logits(part[0]), part[1])
+
+        def parts(a):
+            a = jnp.pad(a, ((0, 0), (0, pad), *((0, 0),) * (a.ndim - 2)))
+            return jnp.moveaxis(a.reshape(batch, -1, chunk, *a.shape[2:]), 1, 0)
+
+        nll = jax.lax.map(one, (parts(x), parts(targets)))
+        return jnp.moveaxis(nll, 0, 1).reshape(batch, -1)[:, :length]
+
+
+class CausalLM(LanguageModel):
+    """A decoder with a language-model head.
+
     With `remat`, the backward pass recomputes the inside of each block instead of storing it.
     """
 
@@ -426,27 +492,13 @@ class CausalLM(nn.Module):
         self.model = Decoder(self.config, self.remat)
         if not self.config.tie_embeddings:
             init = nn.initializers.normal(self.config.init_range)
-            self.lm_head = nn.Dense(
-                self.config.vocab_size, False, self.config.dtype, self.config.dtype, kernel_init=init,
-                dot_general=dot_general_f32,
-            )  # fmt: skip
+            self.lm_head = Head(self.config.hidden_size, self.config.vocab_size, self.config.dtype, init)
 
-    def __call__(
-        self,
-        ids: Int[Array, "b t"],
-        positions: Int[Array, "b t"] | None = None,
-        segment_ids: Int[Array, "b t"] | None = None,
-        cache: Cache | None = None,
-    ):
-        x, updated = self.model(ids, positions, segment_ids, cache)
-        if self.config.tie_embeddings:
-            embedding = self.model.embed_tokens.embedding
-            logits = dot_general_f32(x, embedding, (((2,), (1,)), ((), ())))
-        else:
-            logits = self.lm_head(x)
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * jnp.tanh(logits / self.config.logit_softcap)
-        return logits if cache is None else (logits, updated)
+    def hidden(self, ids, positions, segment_ids, cache):
+        return self.model(ids, positions, segment_ids, cache)
+
+    def head(self):
+        return (self.model.embed_tokens.embedding, 1) if self.config.tie_embeddings else (self.lm_head.kernel, 0)
 
 
 def dot_general_f32(x, w, dimension_numbers, precision=None):

@@ -21,4 +21,4 @@ OPTIONS = (
 ).split()
 
 if __name__ == "__main__":
-    sys.exit(recipes.finetune(OPTIONS, __doc__, paths=2))
+    sys.exit(recipes.finetune(OPTIONS, __doc__))

@@ -13,15 +13,16 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from jlora.train import data as streams
+from jlora.train import mesh as meshes
+from jlora.train.call import Call
 from jlora.train.config import DataOptions, EvalOptions, UserError, resolve_length
 from jlora.train.models import FAMILIES, Family, LoadedModel, hf
 
 Batch = dict[str, np.ndarray]
-Call = Callable[..., Any]
-"""The model with its parameters bound: inputs -> outputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,12 +71,18 @@ class Measured:
 _LABELLED = ("classification", "regression", "image-classification")
 _OPTIONS: dict[str, tuple[str, ...]] = {
     "packing": ("causal-lm",),
-    "chat_template": ("causal-lm",),
+    "loss_chunk": ("causal-lm",),
+    "chat_template": ("causal-lm", "dpo"),
     "pair_column": ("classification", "regression"),
     "labels": _LABELLED,
     "label_column": _LABELLED,
     "mask_fraction": ("masked-lm",),
-    "max_length": ("causal-lm", "classification", "regression", "masked-lm"),
+    "max_length": ("causal-lm", "classification", "regression", "masked-lm", "dpo"),
+    "chosen_column": ("dpo",),
+    "rejected_column": ("dpo",),
+    "dpo_beta": ("dpo",),
+    "label_smoothing": ("dpo",),
+    "reference_free": ("dpo",),
 }
 """Options that only some tasks read."""
 
@@ -91,6 +98,8 @@ class Task(abc.ABC):
     """What speed is counted in."""
     learning_rate: ClassVar[float | None] = None
     """Peak learning rate where none is given; None: that of the model."""
+    rate_share: ClassVar[float] = 1.0
+    """What of the model's it takes."""
     max_length: ClassVar[int | None] = 128
     """Tokens of a row where none are given; None: as the data want it."""
     peft_type: ClassVar[str | None] = None
@@ -99,6 +108,8 @@ class Task(abc.ABC):
     """The automatic class of transformers that reads the base."""
     inputs: ClassVar[str] = "ids"
     """What the model is called with, by a name."""
+    mesh: Mesh | None = None
+    """The devices of a run, where there are several."""
 
     def __init__(self, data: DataOptions):
         defaults = DataOptions()
@@ -169,6 +180,10 @@ class Task(abc.ABC):
         """A batch, or a stack of them, without columns that are padding throughout."""
         return batch
 
+    def place(self, batch: Batch, axis: int = 0) -> Mapping[str, Any]:
+        """A batch, or a stack of them, whose rows are along `axis`, on the devices of a run."""
+        return batch if self.mesh is None else meshes.place_batch(self.mesh, batch, axis)
+
     def size(self, batch: Batch) -> int:
         """How many `unit`s a batch holds."""
         return int(np.count_nonzero(batch["segment_ids"]))
@@ -228,8 +243,8 @@ def output_step(apply: Callable, bind: bool, compute: Callable[[Call, Batch], An
 
     @jax.jit
     def step(adapted, batch):
-        params = adapted.bind() if bind else adapted
-        return compute(lambda *inputs: apply({"params": params}, *inputs), batch)
+        call = Call(apply, adapted.bind(), adapted.base) if bind else Call(apply, adapted)
+        return compute(call, batch)
 
     return step
 
@@ -239,7 +254,7 @@ def batches(task: Task, rows: Rows, batch_size: int, poll: Callable):
     size = min(batch_size, len(rows))
     for batch in streams.batches(rows, size, seed=0, epochs=1, shuffle=False, drop_remainder=False):
         poll()
-        yield task.trim(batch)
+        yield task.place(task.trim(batch))
 
 
 def collect(task: Task, step: Callable, params: PyTree, rows: Rows, batch_size: int, poll: Callable) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Causal language modelling: every next token of a text, or those of the completion of a prompt."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +28,10 @@ class CausalLM(base.Task):
     peft_type = "CAUSAL_LM"
     auto_class = "AutoModelForCausalLM"
 
+    def __init__(self, data: DataOptions):
+        super().__init__(data)
+        self._nll = functools.partial(metrics.next_token_loss, chunk=data.loss_chunk)
+
     def check(self, name: str, family: Family) -> None:
         loading.need_text_model(name, family)
 
@@ -48,10 +53,10 @@ class CausalLM(base.Task):
         return loading.prepare_held_out(examples, data, model, options.max_new_tokens, options.eval_limit)
 
     def loss(self, call: base.Call, batch: base.Batch, key: Any):
-        return metrics.next_token_loss(call, batch)
+        return self._nll(call, batch)
 
     def make_eval_step(self, apply: Callable, bind: bool = True) -> Callable:
-        return base.output_step(apply, bind, metrics.next_token_loss)
+        return base.output_step(apply, bind, self._nll)
 
     def evaluate(self, step, params, held_out, batch_size, poll=lambda: None) -> Measured:
         total = tokens = 0.0

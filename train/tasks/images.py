@@ -21,6 +21,8 @@ from jlora.train.tasks.base import Batch, HeldOut, Measured, Rows
 from jlora.train.tasks.text import cross_entropy, measure_classes, new_leaves
 
 _MODES = {1: "L", 3: "RGB"}  # PIL's, by channels
+_SIZE = 224  # of images, where no file says it
+_UNCROPPED = 384  # from this size on, processors that crop do not
 
 
 class Record(NamedTuple):
@@ -33,13 +35,17 @@ class Record(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """How an image becomes pixels [height, width, channels]; by preprocessor_config.json, where there is one."""
+    """How an image becomes pixels [height, width, channels]; by preprocessor_config.json, where there is one.
+
+    With `crop`, its shorter side is resized to 1 / crop of the size wanted, and the middle is cut out.
+    """
 
     size: tuple[int, int]
     channels: int
     resample: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop: float | None = None
 
     @classmethod
     def of(cls, model: LoadedModel) -> "Processor":
@@ -54,13 +60,34 @@ class Processor:
                 f"{model.name} takes images of {channels} channels, normalized by {values[0]} and {values[1]}; "
                 f"built are {' and '.join(map(str, _MODES))} channels, with as many means and deviations"
             )
-        return cls(model.config.image_size, channels, source.get("resample", Image.Resampling.BILINEAR), *values)
+        size = getattr(model.config, "image_size", None) or _size(source.get("size", _SIZE), path)
+        crop = source.get("crop_pct") if min(size) < _UNCROPPED else None
+        return cls(size, channels, source.get("resample", Image.Resampling.BILINEAR), *values, crop)
 
     def pixels(self, image: pathlib.Path | np.ndarray) -> UInt8[np.ndarray, "h w c"]:
         opened = Image.fromarray(image) if isinstance(image, np.ndarray) else Image.open(image)
         with opened:
-            resized = opened.convert(_MODES[self.channels]).resize(self.size[::-1], self.resample)
+            converted = opened.convert(_MODES[self.channels])
+        height, width = self.size
+        if self.crop is None:
+            resized = converted.resize((width, height), self.resample)
+        else:
+            short, sides = int(min(self.size) / self.crop), converted.size
+            resized = converted.resize([int(short * side / min(sides)) for side in sides], self.resample)
+            left, top = ((have - want) // 2 for have, want in zip(resized.size, (width, height), strict=True))
+            resized = resized.crop((left, top, left + width, top + height))
         return np.asarray(resized).reshape(*self.size, self.channels)
+
+
+def _size(given: Any, path: pathlib.Path) -> tuple[int, int]:
+    """The height and the width that preprocessor_config.json asks for."""
+    match given:
+        case int() | {"shortest_edge": int()}:
+            side = given if isinstance(given, int) else given["shortest_edge"]
+            return side, side
+        case {"height": int(height), "width": int(width)}:
+            return height, width
+    raise UserError(f"{path}: size is {given!r}; wanted a number, a height and a width, or a shortest_edge")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Tiny random encoders of transformers, with what they compute: python record.py [NAME ...]
 
 For each: config.json and model.safetensors as `save_pretrained` leaves them, and io.npz with the inputs, three texts of
-which the second is padded on the right, and so is the third, or on the left where no head reads its first token, and
+which the second is padded on the right, and so is the third, or on the left where no head reads its first token, or two
+images, and
 
     logits          of the head, float32, eager attention; by token they are meaningful where the mask is 1
     hidden, pooled  in their place for a model without a head
@@ -26,7 +27,18 @@ MODELS = {
     "roberta": (t.RobertaForSequenceClassification, t.RobertaConfig(**SHAPE, num_labels=3)),
     "bert_masked_lm": (t.BertForMaskedLM, t.BertConfig(**SHAPE, hidden_act="gelu_new", pad_token_id=1)),
     "bert_bare": (t.BertModel, t.BertConfig(**SHAPE, pad_token_id=1)),
-}
+    "resnet": (
+        t.ResNetForImageClassification,
+        t.ResNetConfig(
+            embedding_size=6, hidden_sizes=[8, 16], depths=[2, 1], hidden_act="silu", downsample_in_first_stage=True,
+            downsample_in_bottleneck=True, num_labels=3,
+        ),
+    ),
+    "resnet_basic": (
+        t.ResNetForImageClassification,
+        t.ResNetConfig(embedding_size=6, hidden_sizes=[6, 8], depths=[1, 2], layer_type="basic", num_labels=3),
+    ),
+}  # fmt: skip
 
 
 def texts(rng: np.random.Generator, left: bool) -> dict[str, np.ndarray]:
@@ -38,6 +50,10 @@ def texts(rng: np.random.Generator, left: bool) -> dict[str, np.ndarray]:
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": rng.integers(0, 2, ids.shape)}
 
 
+def images(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    return {"pixel_values": rng.standard_normal((2, 3, 33, 40)).astype(np.float32)}
+
+
 def record(name: str) -> None:
     cls, config = MODELS[name]
     torch.manual_seed(0)
@@ -46,8 +62,12 @@ def record(name: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():  # away from zeros, ones and the tiny initial scale
             parameter.add_(torch.randn_like(parameter) * 0.3)
+        for key, buffer in model.named_buffers():
+            if key.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.randn_like(buffer).abs() * 0.5)
         model.tie_weights()
-        inputs = texts(np.random.default_rng(0), left="masked_lm" in name)
+        rng = np.random.default_rng(0)
+        inputs = images(rng) if "resnet" in name else texts(rng, left="masked_lm" in name)
         found = model(**{key: torch.from_numpy(value) for key, value in inputs.items()})
         if "logits" in found:
             out = {"logits": found.logits.numpy()}

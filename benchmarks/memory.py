@@ -1,0 +1,122 @@
+"""Memory of a LoRA step of an 8B Llama by option, from compiling it for shapes alone: nothing is allocated.
+
+    pip install "libtpu==0.0.42.*"                    # the compiler for TPUs, of jax 0.10.2; it wants none
+    python benchmarks/memory.py                       # Llama 3 8B, 1 x 4096 tokens, r=16 on all linears, AdamW
+    python benchmarks/memory.py --rows 4 --length 2048 --layers 8 --platform cpu
+
+"arguments" are the base, the adapters, the optimizer's state and the batch; "temporary" is what the compiled step needs
+besides: activations kept for the backward pass, logits, and the compiler's own copies. Both are XLA's figures. Without
+libtpu they are those of its CPU backend, which turns weights of bfloat16 into float32, all layers at once: there the
+rows of bfloat16 and NF4 say little. "fits" is the smallest of 16, 24, 80 and 141 GB that holds the two.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import SingleDeviceSharding
+from rich.console import Console
+from rich.table import Table
+
+import jlora
+from jlora.train.loop import make_train_step
+from jlora.train.metrics import next_token_loss
+from jlora.train.models.layers import CausalLM, DecoderConfig
+
+LLAMA_8B = DecoderConfig(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8,
+    head_dim=128, max_positions=8192, rope_theta=500000.0, norm_eps=1e-5,
+)  # fmt: skip
+SIZES = (16, 24, 80, 141)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What `jlora finetune` calls --bf16, --remat, --loss-chunk and --quantize; and whether all weights are trained."""
+
+    dtype: str = "bfloat16"
+    remat: bool = True
+    chunk: int = 256
+    quantize: bool = False
+    method: jlora.methods.Method = jlora.LoRA(16)  # noqa: B008
+
+
+ROWS = {
+    "full fine-tuning, float32": Options("float32", False, 0, method=jlora.Full()),
+    "LoRA, float32": Options("float32", False, 0),
+    "LoRA, bfloat16": Options(remat=False, chunk=0),
+    "+ remat": Options(chunk=0),
+    "+ remat, loss in chunks": Options(),
+    "+ remat, loss in chunks, NF4": Options(quantize=True),
+}
+
+
+def device_of(platform: str) -> jax.Device:
+    """A device to compile for: of this machine, or a TPU's description."""
+    if platform == "cpu":
+        return jax.devices("cpu")[0]
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+
+
+def compile_step(config: DecoderConfig, options: Options, rows: int, length: int, device: jax.Device):
+    """The training step compiled for one device."""
+    module = CausalLM(dataclasses.replace(config, dtype=options.dtype), remat=options.remat)
+    ids = jax.ShapeDtypeStruct((1, rows, length), jnp.int32)
+    part = jax.ShapeDtypeStruct(ids.shape[1:], ids.dtype)
+    params = jax.eval_shape(module.init, jax.random.key(0), part)["params"]
+    fn = lambda params, ids: module.apply({"params": params}, ids)
+    usage = jlora.usage(fn, params, part)
+    if options.quantize:
+        quantize = lambda params: jlora.quant.quantize(params, jlora.quant.NF4, usage=usage)
+        params = jax.eval_shape(quantize, params)
+    targets = "**" if isinstance(options.method, jlora.Full) else "all-linear"
+    adapted = jlora.adapt(params, options.method, targets, usage=usage, key=jax.random.key(0))
+    tx = optax.adamw(1e-4)
+    loss = lambda call, batch, key: next_token_loss(call, batch, chunk=options.chunk)
+    step = make_train_step(jlora.lift(module.apply), tx, loss)
+    batch = {"ids": ids, "positions": ids, "segment_ids": ids, "mask": jax.ShapeDtypeStruct(ids.shape, jnp.float32)}
+    state = jax.eval_shape(tx.init, adapted.trainable)
+    fixed, key = adapted.replace(trainable={}), jax.eval_shape(lambda: jax.random.key(0))
+    arguments = adapted.trainable, state, fixed, batch, key, jax.ShapeDtypeStruct((), jnp.int32)
+    there = SingleDeviceSharding(device)
+    put = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there)
+    return step.lower(*jax.tree.map(put, arguments)).compile()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=LLAMA_8B.num_layers)
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    there = "tpu" if importlib.util.find_spec("libtpu") else "cpu"
+    parser.add_argument("--platform", choices=("tpu", "cpu"), default=there, help="tpu where libtpu is installed")
+    args = parser.parse_args()
+    device = device_of(args.platform)
+    config = dataclasses.replace(LLAMA_8B, num_layers=args.layers)
+    where = f"{args.layers} layers; GB, compiled for {device.device_kind}"
+    table = Table(title=f"{args.rows} x {args.length} tokens, {where}")
+    for column in ("step", "arguments", "temporary", "together", "fits", "seconds to compile"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for name in args.only:
+        start = time.perf_counter()
+        memory = compile_step(config, ROWS[name], args.rows, args.length, device).memory_analysis()
+        arguments, temporary = memory.argument_size_in_bytes / 1e9, memory.temp_size_in_bytes / 1e9
+        fits = next((f"{size}" for size in SIZES if arguments + temporary <= size), "none")
+        table.add_row(
+            name, *(f"{gb:.1f}" for gb in (arguments, temporary, arguments + temporary)), fits,
+            f"{time.perf_counter() - start:.0f}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
