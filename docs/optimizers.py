@@ -89,7 +89,7 @@ def index() -> str:
         for function in functions:
             first = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
             option = on_the_line.get(function.__name__)
-            link = f"[{function.__name__}]({stem}.md#jloraoptim{function.__name__})"
+            link = f"[{function.__name__}]({stem}.md#jloraoptim{function.__name__.lower()})"
             rows.append(table_row((link, inline(first), f"`{option}`" if option else "")))
     return "\n".join(
         [

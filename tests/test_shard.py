@@ -95,13 +95,18 @@ def collected(compiled) -> collections.Counter:
     )
 
 
-CASES = [(layout, method, False) for layout in LAYOUTS for method in METHODS]
-CASES += [(layout, "lora", True) for layout in ("data", "tensor", "expert")]  # what is quantized is sharded by stacks
+def cases() -> list:
+    """All methods under the layout with most axes, LoRA under each of the others; the rest in the slow suite."""
+    out = [(layout, method, False) for layout in LAYOUTS for method in METHODS]
+    out += [(layout, "lora", True) for layout in ("data", "tensor", "expert")]  # what is quantized is sharded by stacks
+    often = lambda layout, method, quantized: method == "lora" and layout != "data" or layout == "fsdp and tensor"
+    return [
+        pytest.param(*case, id=f"{case[0]}-{case[1]}{'-nf4' * case[2]}", marks=() if often(*case) else pytest.mark.slow)
+        for case in out
+    ]
 
 
-@pytest.mark.parametrize(
-    ("layout", "method", "quantized"), CASES, ids=[f"{layout}-{name}{'-nf4' * q}" for layout, name, q in CASES]
-)
+@pytest.mark.parametrize(("layout", "method", "quantized"), cases())
 def test_a_step_is_the_single_devices_and_gathers_what_the_base_does(layout, method, quantized, devices):
     sizes, base_specs = LAYOUTS[layout]
     base = params()

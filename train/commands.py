@@ -147,6 +147,8 @@ def inspect(config: InspectConfig) -> int:
     else:
         source = loading.load_source(SourceOptions(adapter=path, model=config.model))
     reporter.say(jlora.summary(source.adapted))
+    if not (config.spectra or config.intruders or config.plot):
+        return 0
     with loading.user_errors():
         report = diagnostics.report(source.adapted, intruders=config.intruders)
         reporter.say()

@@ -331,18 +331,19 @@ class MergeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InspectConfig:
-    """Show what is in a run directory or an adapter directory: results, paths, shapes, ranks, counts, how large the
-    change of every weight is and of how many directions."""
+    """Show what is in a run directory or an adapter directory: results, paths, shapes, ranks, counts."""
 
     path: tyro.conf.Positional[Path]
     """Run directory, or adapter directory in PEFT format."""
     model: OptionalStr = None
     """Base model of the adapter (default: the one the run or the adapter names)."""
+    spectra: bool = False
+    """How large the change of every weight is, and of how many directions."""
     intruders: int = 0
     """Look for so many of the strongest directions after training among those before it, and count the ones that are
-    new; 10 as a rule. Decomposes every adapted weight."""
-    plot: Path | None = None
-    """A PNG file to draw sizes, spectra and ranks of the changes to."""
+    new; 10 as a rule. Decomposes every adapted weight. Implies `--spectra`."""
+    plot: OptionalPath = None
+    """A PNG file to draw sizes, spectra and ranks of the changes to. Implies `--spectra`."""
 
 
 @dataclasses.dataclass(frozen=True)
