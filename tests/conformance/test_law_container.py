@@ -15,6 +15,7 @@ from registry import (
     model,
     model_params,
     moved,
+    over_every_other_row,
     over_mergeable_forms,
     over_most_mergeable,
     over_most_rows,
@@ -92,7 +93,7 @@ def test_merge_keeps_structure_and_dtype(row: Row) -> None:
             assert path not in adapted.sites or np.any(np.asarray(leaf != original))
 
 
-@over_most_rows
+@over_every_other_row
 def test_training_compiles_once(row: Row) -> None:
     """Equal configuration, equal treedef: neither a step nor a second model of the same shape traces anew."""
     traces = []

@@ -20,7 +20,6 @@ from registry import (
     over_every_other_row,
     over_forms,
     over_most_products,
-    over_most_rows,
     over_rows,
 )
 
@@ -60,7 +59,7 @@ def lifted_gradients(adapted, trainable, x, remat=False):
     return jax.grad(loss, (0, 1))(trainable, x)
 
 
-@over_most_rows
+@over_every_other_row
 def test_eager_and_jitted(row: Row, case) -> None:
     adapted, merged = case(row.name)
     wanted = merged_outputs(merged, inputs())

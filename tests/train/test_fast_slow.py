@@ -77,6 +77,7 @@ def test_without_alpha_they_are_two_runs_of_dpo():
         np.testing.assert_allclose(metrics["loss"][which], wanted["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_equal_ones_draw_apart():
     """The fast one by alpha / 2 more than DPO, and so does the slow one: the term never fades."""
     state = fast_slow.start(module(0), optax.identity())
@@ -124,6 +125,7 @@ def test_combination_is_exact():
         fast_slow.combine(dora, [dora.trainable], [1.0])
 
 
+@pytest.mark.slow
 def test_two_domains():
     """Each is learnt by a pair of its own; one adapter of both winners serves both better than either winner."""
     domains = [{name: values[i : i + 2] for name, values in BATCH.items()} for i in range(2)]

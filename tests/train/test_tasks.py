@@ -289,6 +289,7 @@ def test_images_of_folders_and_of_npz(checkpoints, folders, tmp_path, capsys):
     assert "accuracy 1.0000" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # its layers are not scanned: a minute of compilation
 def test_resnet_learns_images_and_keeps_its_statistics(checkpoints, folders, tmp_path):
     run, merged = tmp_path / "run", tmp_path / "merged"
     options = ["--task", "image-classification", "--model", checkpoints / "resnet", "--data", folders]
