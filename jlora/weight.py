@@ -42,14 +42,25 @@ class Axes:
       stack: axes over which the model holds one matrix each (layers of a scan, experts).
       kind: ``"linear"``, ``"embedding"`` or ``"conv"`` (inputs are then the window and the input features). It decides
         how a method initializes; how a weight is used is found out where it is used.
+      features: of a convolution, the axis of the input features. None: the one beside the outputs, the first of two, as
+        in HWIO and OIHW.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     stack: tuple[int, ...] = ()
     kind: str = "linear"
+    features: int | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def features_axis(self) -> int:
+        """Which axis holds a convolution's input features."""
+        near = lambda axis: abs(axis - self.outputs[0])
+        return min(self.inputs, key=near) if self.features is None else self.features
 
     def __post_init__(self):
+        if self.features is not None and self.features not in self.inputs:
+            raise ValueError(f"Axes.features is one of inputs={self.inputs}; got {self.features}.")
         if self.kind not in ("linear", "embedding", "conv"):
             raise ValueError(f"Axes.kind is 'linear', 'embedding' or 'conv'; got {self.kind!r}.")
         axes = (*self.stack, *self.inputs, *self.outputs)

@@ -35,15 +35,16 @@ class Use:
     batched: frozenset[Atom]
     produced: frozenset[Atom]
     flops: float
+    features: frozenset[Atom] = frozenset()  # of a convolution's window and features, the features
 
 
 def _atoms(w: AdaptedWeight, axes: Sequence[int]) -> list[Atom]:
     return [atom for axis in axes for atom in w.labels[axis]]
 
 
-def _observe(run: Run, w: AdaptedWeight, kind: str, contracted, batched, produced, flops: float) -> None:
+def _observe(run: Run, w: AdaptedWeight, kind: str, contracted, batched, produced, flops, features=()) -> None:
     sets = [frozenset(_atoms(w, axes)) for axes in (contracted, batched, produced)]
-    run.observe(w, Use(kind, *sets, flops * run.repeat))
+    run.observe(w, Use(kind, *sets, flops * run.repeat, frozenset(_atoms(w, features))))
 
 
 class _Branch:
@@ -478,7 +479,7 @@ def conv_general_dilated(run: Run, eqn: Any, values: list) -> list | None:
     out_axis, in_axes = spec[0], sorted(spec[1:])
     if run.observe is not None:
         flops = 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(w.shape[a] for a in in_axes)
-        _observe(run, w, "conv", in_axes, (), (out_axis,), flops)
+        _observe(run, w, "conv", in_axes, (), (out_axis,), flops, features=spec[1:2])
         return plain(eqn, [x, w.base])
     fits = set(_atoms(w, (out_axis,))) == set(w.group(OUT)) and set(_atoms(w, in_axes)) == set(w.group(IN))
     if not fits or w.stack_shape or eqn.params["batch_group_count"] != 1 or not w.backwards <= set(spec[2:]):

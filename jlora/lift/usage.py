@@ -108,7 +108,11 @@ def _axes(uses: list[Use], n_axes: int) -> Axes | None:
         stack = set(range(n_axes)) - inputs - outputs  # sliced by a scan or a loop, or batched over
         if inputs & outputs or not inputs or not outputs or {atom.pos[0] for atom in use.batched} - stack:
             return None
-        found.append(Axes(*(tuple(sorted(axes)) for axes in (inputs, outputs, stack)), kind=_KINDS[use.kind]))
+        axes = Axes(*(tuple(sorted(axes)) for axes in (inputs, outputs, stack)), kind=_KINDS[use.kind])
+        features = next((atom.pos[0] for atom in use.features), None)
+        if features not in (None, axes.features_axis):
+            axes = dataclasses.replace(axes, features=features)
+        found.append(axes)
     first = found[0]
     same = {(a.inputs, a.outputs) for a in found} <= {(first.inputs, first.outputs), (first.outputs, first.inputs)}
     return first if same else None

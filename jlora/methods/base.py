@@ -53,12 +53,8 @@ class Site:
 
     @property
     def features_axis(self) -> int:
-        """Which of a convolution's input axes holds the features. It is taken to be the one beside the outputs, both of
-        them last or first, as in HWIO and OIHW, and HWOI and IOHW of transposed ones."""
-        inputs, (output, *_) = self.axes.inputs, self.axes.outputs
-        away = [abs(axis - output) for axis in inputs]
-        beside = [i for i in range(len(inputs)) if away[i] == min(away)]
-        return beside[-1] if inputs[beside[-1]] == len(self.shape) - 1 else beside[0]
+        """Which of a convolution's input axes holds the features, by its place among them."""
+        return self.axes.inputs.index(self.axes.features_axis)
 
     @property
     def window(self) -> tuple[int, int, int]:

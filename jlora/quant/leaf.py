@@ -57,7 +57,7 @@ class Quantized(Stored):
         number = {axis: i for i, axis in enumerate(kept)}
         groups = [[number[a] for a in group if a in number] for group in self._groups()]
         inputs, outputs, stack = map(tuple, groups)
-        return Axes(inputs, outputs, stack, self.layout.kind)
+        return Axes(inputs, outputs, stack, self.layout.kind, number.get(self.layout.features))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ def moved(adapted):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_transposed_convolution_equals_the_merged_one(method):
     adapted = moved(jlora.adapt({"w": W}, method, "**", fn=transposed, args=(X,), key=jax.random.key(3)))
-    assert adapted.sites["w"].axes == jlora.Axes((0, 1, 3), (2,), kind="conv")
+    assert adapted.sites["w"].axes == jlora.Axes((0, 1, 3), (2,), kind="conv", features=3)
     assert adapted.sites["w"].features_axis == 2
     lifted = jlora.lift(transposed, on_materialize="error")
     loss = lambda trainable: jnp.sin(lifted(adapted.bind(trainable), X)).sum()
