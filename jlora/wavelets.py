@@ -39,9 +39,10 @@ def lowpass(name: str) -> np.ndarray:
 
 
 def _refined(h: np.ndarray) -> np.ndarray:
-    """Newton's method on the equations that define the filter."""
+    """Newton's method on the equations that define the filter. The moments are those of Legendre's polynomials: of
+    powers, which span the same, the equations would be nearly dependent."""
     size, at = len(h), np.arange(len(h))
-    moments = [(-1.0) ** at * (at / size) ** order for order in range(size // 2)]
+    moments = [*((-1.0) ** at * np.polynomial.legendre.legvander(2 * at / size - 1, size // 2 - 1).T)]
     for _ in range(8):
         shifted = [np.concatenate([h[2 * m :], np.zeros(2 * m)]) for m in range(size // 2)]
         errors = [s @ h - (m == 0) for m, s in enumerate(shifted)] + [w @ h for w in moments]
