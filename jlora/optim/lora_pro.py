@@ -69,8 +69,8 @@ def lora_pro(
     Over gradient descent it is the paper's first form. Over AdamW it costs LoRA's memory and runs well, but Adam then
     normalizes the factors' entries and not the weight's: the paper's AdamW is ``lora_pro_full``.
 
-    When to use it: where LoRA lags behind full fine-tuning. 8 r^2 (in + out) FLOPs and two eigendecompositions of r x r
-    matrices a pair. Warm the learning rate up.
+    When to use it: where LoRA lags behind full fine-tuning. 12 r^2 (in + out) FLOPs and four eigendecompositions of
+    r x r matrices a pair. Warm the learning rate up.
 
     >>> tx = jlora.optim.lora_pro(optax.adamw(1e-4))
     """
@@ -143,7 +143,7 @@ def _check(mode: str, name: str) -> None:
 
 
 def spectra(pair: Pair) -> tuple[Spectrum, Spectrum]:
-    return Spectrum.of(pair.a), Spectrum.of(pair.b)
+    return Spectrum.twice(pair.a), Spectrum.twice(pair.b)
 
 
 def solve(pair: Pair, known: tuple[Spectrum, Spectrum], mode: str, damping: float | Array) -> Tall:

@@ -260,6 +260,14 @@ class Spectrum:
         values, vectors = jnp.linalg.eigh(inner(x, x))
         return cls(jnp.where(live(values), values, 0), vectors)
 
+    @classmethod
+    def twice(cls, x: Float[Array, "*stack n r"]) -> Spectrum:
+        """The same, with more digits of the small values: of x in the basis of the first, whose Gram matrix is nearly
+        diagonal and has them by themselves, not beside the rounding of the large ones."""
+        first = cls.of(x)
+        second = cls.of(times(x, first.vectors))
+        return cls(second.values, times(first.vectors, second.vectors))
+
     def reciprocal(self, damping: float | Array = 0.0) -> Float[Array, "*stack r"]:
         """1 / (value + damping); without damping the pseudo-inverse: 0 for 0."""
         damped = self.values + damping

@@ -226,7 +226,6 @@ def test_lora_pro_and_the_split() -> None:
     assert np.abs(other.a - d.a @ jnp.linalg.inv(Q).T).max() > 1e-2 and np.abs(other.a - d.a @ Q).max() > 1e-2
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("size", [1.0, 1e-2, 1e-4])
 def test_lora_pro_in_float32(size: float) -> None:
     """A small B of bad condition, where the published form loses all digits."""
