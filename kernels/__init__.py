@@ -1,4 +1,8 @@
 """Fused operations of low-rank adaptation: an XLA reference each, hand-written gradients, and Pallas kernels."""
 
 from jlora.kernels.lora_linear import lora_linear as lora_linear
+from jlora.kernels.multi_lora import Groups as Groups
+from jlora.kernels.multi_lora import Slots as Slots
+from jlora.kernels.multi_lora import group_rows as group_rows
+from jlora.kernels.multi_lora import multi_lora as multi_lora
 from jlora.kernels.product import product as product

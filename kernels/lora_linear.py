@@ -108,16 +108,11 @@ def _check_shapes(x, w, a, b, scale) -> None:
         raise ValueError(f"{got}, which do not fit together; {want}. A weight stored as [out, in] is passed as w.T.")
 
 
-def _pieces_class(implementation: str | None, compute) -> type[Pieces]:
-    if implementation is None or implementation in ("plain", "custom_vjp"):
-        return Pieces
-    if implementation not in IMPLEMENTATIONS:
+def _check_implementation(implementation: str | None, compute) -> None:
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"got implementation={implementation!r}; want None or one of {', '.join(IMPLEMENTATIONS)}")
-    # Imported on demand: Pallas would be a large part of the time that `import jlora` takes.
-    from jlora.kernels import lora_linear_tpu
-
-    if implementation == "pallas_interpret":
-        return lora_linear_tpu.InterpretedPieces
+    if implementation != "pallas":
+        return
     if jax.default_backend() != "tpu":
         raise ValueError(
             f"got implementation='pallas' on the {jax.default_backend()} platform; the kernels are written for TPU. "
@@ -128,7 +123,17 @@ def _pieces_class(implementation: str | None, compute) -> type[Pieces]:
             f"got implementation='pallas' with x and w of result type {compute}; the TPU kernels compute in bfloat16 "
             "or float32. Use None or 'custom_vjp'."
         )
-    return lora_linear_tpu.PallasPieces
+
+
+def _pieces_class(implementation: str | None, compute) -> type[Pieces]:
+    _check_implementation(implementation, compute)
+    if implementation in (None, "plain", "custom_vjp"):
+        return Pieces
+    # Imported on demand: Pallas would be a large part of the time that `import jlora` takes.
+    from jlora.kernels import lora_linear_tpu
+
+    interpreted = implementation == "pallas_interpret"
+    return lora_linear_tpu.InterpretedPieces if interpreted else lora_linear_tpu.PallasPieces
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

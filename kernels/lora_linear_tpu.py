@@ -138,7 +138,7 @@ class PallasPieces(Pieces):
         return {"compiler_params": pltpu.CompilerParams(dimension_semantics=semantics), "interpret": self.interpret}
 
     def _kernel_dot(self, lhs, rhs, lhs_axis, rhs_axis):
-        return self._dot_general(lhs, rhs, (lhs_axis,), (rhs_axis,))
+        return _dot(self, lhs, rhs, lhs_axis, rhs_axis)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,12 +157,21 @@ def _like(v, shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(v).manual_axis_type)
 
 
+def _dot(pieces: Pieces, lhs, rhs, lhs_axis: int, rhs_axis: int):
+    if 1 in (*lhs.shape, *rhs.shape):  # Mosaic multiplies by a vector elementwise, and wants one dtype throughout
+        lhs, rhs = (v.astype(pieces.compute).astype(pieces.accumulate) for v in (lhs, rhs))
+        pieces = dataclasses.replace(pieces, compute=pieces.accumulate)
+    return pieces._dot_general(lhs, rhs, (lhs_axis,), (rhs_axis,))
+
+
 def _inside(block, axis: int, index, size: int):
     """The block, the `index`-th along `axis`, with zeros beyond the edge of an array of that `size`."""
     if size % block.shape[axis] == 0:
         return block
     position = index * block.shape[axis] + lax.broadcasted_iota(jnp.int32, block.shape, axis)
-    return jnp.where(position < size, block, jnp.zeros_like(block))
+    # Of a few rows in bfloat16, less than a register, Mosaic has no select.
+    wide = block.astype(jnp.promote_types(block.dtype, jnp.float32)) if block.shape[0] < 16 else block
+    return jnp.where(position < size, wide, jnp.zeros_like(wide)).astype(block.dtype)
 
 
 def _forward_kernel(scale, x, w, at, b, y, h, total, *, dot, n_in):

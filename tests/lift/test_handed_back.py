@@ -45,7 +45,8 @@ def test_loops_and_remat(fn, method):
     derive = jax.value_and_grad if fn is not carry_of_while else lambda fn: fn  # no reverse mode in while
     got, want = (jax.jit(derive(f))(moved) for f in (got, want))
     assert abs(jax.tree.leaves(want)[0] - jnp.sin(fn(PARAMS, X)).sum()) > 1e-3
-    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), got, want)
+    close = lambda g, w: np.testing.assert_allclose(g, w, rtol=0, atol=1e-5 * max(1, np.abs(w).max()))
+    jax.tree.map(close, got, want)  # entries are sums, whose errors go with the largest
 
 
 def test_a_carry_that_changes_and_a_constant_that_is_stacked_are_formed():

@@ -228,7 +228,8 @@ def test_head_that_is_drawn_is_saved_as_a_whole(checkpoints, texts, tmp_path):
 def test_regression(checkpoints, texts, tmp_path, capsys):
     run = tmp_path / "run"
     options = ["--task", "regression", "--label-column", "score", "--model", checkpoints / "roberta_masked_lm"]
-    results = finetune(run, *options, "--data", texts, "--eval-data", texts)
+    # A rate at which three seeds learn: at 2e-2 rounding decides whether two of the kinds are told apart in time.
+    results = finetune(run, *options, "--data", texts, "--eval-data", texts, "--learning-rate", "1e-2")
     after = results["after"]
     assert after.keys() == {"eval_loss", "pearson", "spearman"}
     assert after["pearson"] > 0.9 and after["eval_loss"] < 0.1 < results["before"]["eval_loss"]
