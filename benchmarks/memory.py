@@ -40,19 +40,20 @@ class Options:
     """What `jlora finetune` calls --bf16, --remat, --loss-chunk and --quantize; and whether all weights are trained."""
 
     dtype: str = "bfloat16"
-    remat: bool = True
+    remat: str = "layers"
     chunk: int = 256
     quantize: bool = False
     method: jlora.methods.Method = jlora.LoRA(16)  # noqa: B008
 
 
 ROWS = {
-    "full fine-tuning, float32": Options("float32", False, 0, method=jlora.Full()),
-    "LoRA, float32": Options("float32", False, 0),
-    "LoRA, bfloat16": Options(remat=False, chunk=0),
-    "+ remat": Options(chunk=0),
-    "+ remat, loss in chunks": Options(),
-    "+ remat, loss in chunks, NF4": Options(quantize=True),
+    "full fine-tuning, float32": Options("float32", "none", 0, method=jlora.Full()),
+    "LoRA, float32": Options("float32", "none", 0),
+    "LoRA, bfloat16": Options(remat="none", chunk=0),
+    "+ remat products": Options(remat="products", chunk=0),
+    "+ remat layers": Options(chunk=0),
+    "+ remat layers, loss in chunks": Options(),
+    "+ remat layers, loss in chunks, NF4": Options(quantize=True),
 }
 
 

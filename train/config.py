@@ -50,8 +50,9 @@ class ModelOptions:
     file, or a name that `jlora models` lists."""
     bf16: bool = False
     """Hold the base and the activations in bfloat16; adapters and optimizer state stay float32."""
-    remat: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations: less memory, more time."""
+    remat: Literal["none", "products", "layers"] = "none"
+    """What the backward pass computes again to hold less: all but the products with weights, which costs little, or all
+    of each layer, which costs about a third more time."""
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Hold the base's linear layers in about 4 (QLoRA) or 8 bits a weight; what is trained stays as it is."""
 

@@ -49,7 +49,7 @@ _FORMATS = {"nf4": jlora.quant.NF4, "int8": jlora.quant.Int8}
 def load_model(
     name: str,
     bf16: bool = False,
-    remat: bool = False,
+    remat: models.Remat = "none",
     quantize: str = "none",
     labels: Sequence[str] = (),
     seed: int = 0,

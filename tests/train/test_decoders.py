@@ -168,7 +168,7 @@ def finetune_and_merge(name, tiny_data, tmp_path, *more):
     assert any((want[key] != got[key]).any() for key in want)
 
 
-@pytest.mark.parametrize(("name", "more"), [("gemma2", []), ("mixtral", ["--bf16", "--remat"])])
+@pytest.mark.parametrize(("name", "more"), [("gemma2", []), ("mixtral", ["--bf16", "--remat", "layers"])])
 def test_finetune_and_merge(name, more, tiny_data, tmp_path):
     finetune_and_merge(name, tiny_data, tmp_path, *more)
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
+import jlora
 from jlora.train import models
 from jlora.train.models import hf, layers, stories
 
@@ -171,12 +172,27 @@ def test_bfloat16_files_and_parameters(stories, directory):
     assert models.load(directory).params["model"]["norm"]["scale"].dtype == jnp.float32
 
 
-def test_rematerialized_model_has_the_same_gradients(stories):
-    remat = models.load("stories260k", remat=True)
-    ids = np.arange(1, 13, dtype=np.int32).reshape(2, 6)
-    loss = lambda params, module: jax.nn.logsumexp(module.apply({"params": params}, ids)).sum()
-    want, got = (jax.grad(loss)(m.params, m.module) for m in (stories, remat))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+@pytest.mark.optimized
+def test_what_is_computed_again(stories):
+    """The same gradients for less memory, and for more operations only where products are computed again."""
+    ids = np.arange(1, 257, dtype=np.int32).reshape(2, 128)
+    fn = lambda params, ids: stories.module.apply({"params": params}, ids)
+    adapted = jlora.adapt(stories.params, jlora.LoRA(4), "**/*_proj/kernel", key=jax.random.key(0), fn=fn, args=(ids,))
+    trainable = jax.tree.map(lambda x: x + 0.1, adapted.trainable)
+    found = {}
+    for remat in ("none", "products", "layers"):
+        apply = jlora.lift(models.load("stories260k", remat=remat).module.apply)
+        loss = lambda trainable, fixed: jax.nn.logsumexp(apply({"params": fixed.bind(trainable)}, ids)).sum()  # noqa: B023
+        compiled = jax.jit(jax.grad(loss)).lower(trainable, adapted).compile()
+        memory, cost = compiled.memory_analysis().temp_size_in_bytes, compiled.cost_analysis()["flops"]
+        found[remat] = compiled(trainable, adapted), memory, cost
+    grads, memory, flops = zip(*found.values(), strict=True)
+    for got in grads[1:]:
+        jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, atol=1e-5 * np.abs(w).max()), got, grads[0])
+    assert memory[0] > 1.3 * memory[1] > 1.3 * memory[2]
+    assert flops[0] < flops[1] < 1.15 * flops[0] < flops[2]
+    with pytest.raises(ValueError, match="got remat='all'; want one of none, products, layers"):
+        models.load("stories260k", remat="all").module.apply({"params": stories.params}, ids)
 
 
 def test_segments_do_not_see_each_other(stories, stories_logits):

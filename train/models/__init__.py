@@ -44,6 +44,7 @@ from jlora.train.models.hf import Family as Family
 from jlora.train.models.layers import Cache as Cache
 from jlora.train.models.layers import CausalLM as CausalLM
 from jlora.train.models.layers import DecoderConfig as DecoderConfig
+from jlora.train.models.remat import Remat as Remat
 from jlora.train.tokenizers import Tokenizer, read_tokenizer, stories_tokenizer
 
 _MODULES = (
@@ -105,7 +106,7 @@ def load(
     name_or_directory: str | os.PathLike[str],
     *,
     dtype: str = "float32",
-    remat: bool = False,
+    remat: Remat = "none",
     labels: Sequence[str] | None = None,
     seed: int = 0,
     mesh: Mesh | None = None,
@@ -118,7 +119,8 @@ def load(
         or a directory with config.json, model.safetensors (or shards and their index) and, for work with text,
         tokenizer.json.
       dtype: of parameters and activations, whatever the files hold: "float32" or "bfloat16".
-      remat: recompute each block in the backward pass; less memory for about a third more time.
+      remat: what the backward pass computes again, in place of keeping it: "none"; "products", all of a layer but the
+        results of products with weights; "layers", all of it, for about a third more time.
       labels: names of classes, for a classification head in place of what the checkpoint has on top. It is the
         checkpoint's own if that tells these classes apart, in this order; otherwise it is drawn from `seed`.
       mesh: devices to put the parameters on while they are read: of each leaf, the block of one device at a time is

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from jlora.train.models import encoders, hf
 from jlora.train.models.encoders import ACTIVATIONS, dense, layer_norm, table
 from jlora.train.models.layers import dot_general_f32
+from jlora.train.models.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ class Layer(nn.Module):
 
 class Encoder(nn.Module):
     config: BertConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.layer = encoders.scanned(Layer, self.config, self.remat)
@@ -160,7 +161,7 @@ class BertModel(nn.Module):
     """
 
     config: BertConfig
-    remat: bool = False
+    remat: Remat = "none"
     pooled: bool = True
 
     def setup(self):
@@ -214,7 +215,7 @@ class BertForMaskedLM(nn.Module):
     """Logits [b, t, vocab] in float32; arguments as for `BertModel`."""
 
     config: BertConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.bert = BertModel(self.config, self.remat, pooled=False)
@@ -229,7 +230,7 @@ class BertForSequenceClassification(nn.Module):
     """Logits [b, labels] in float32, from the pooled first token; arguments as for `BertModel`."""
 
     config: BertConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.bert = BertModel(self.config, self.remat)
@@ -243,7 +244,7 @@ class BertForSequenceClassification(nn.Module):
 HEADS = {None: BertModel, "masked_lm": BertForMaskedLM, "classification": BertForSequenceClassification}
 
 
-def module(config: BertConfig, remat: bool = False) -> nn.Module:
+def module(config: BertConfig, remat: Remat = "none") -> nn.Module:
     return HEADS[config.head](config, remat)
 
 

@@ -18,6 +18,7 @@ import jax
 from jaxtyping import Array, Bool, Float
 
 from jlora.train.models import hf
+from jlora.train.models.remat import Remat, rematerialized
 
 _TANH_GELU = functools.partial(nn.gelu, approximate=True)
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -117,9 +118,9 @@ def attention(
     return y.reshape(q.shape)
 
 
-def scanned(block: type[nn.Module], config: Any, remat: bool, broadcast: int = 1) -> nn.Module:
+def scanned(block: type[nn.Module], config: Any, remat: Remat, broadcast: int = 1) -> nn.Module:
     """`config.num_layers` blocks with stacked parameters, called with the activations and `broadcast` other inputs."""
-    block = nn.remat(block, prevent_cse=False) if remat else block
+    block = rematerialized(block, remat, prevent_cse=False)
     stack = nn.scan(
         block,
         variable_axes={"params": 0},

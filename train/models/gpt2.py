@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jlora.train.models import hf
 from jlora.train.models.encoders import ACTIVATIONS, dense, layer_norm, table
 from jlora.train.models.layers import Head, LanguageModel, causal_mask
+from jlora.train.models.remat import Remat, rematerialized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,13 +132,13 @@ class Transformer(nn.Module):
     """Embeddings, the scanned blocks, and the final norm."""
 
     config: GPT2Config
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         c = self.config
         self.wte = table(c, c.vocab_size)
         self.wpe = table(c, c.max_positions)
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = rematerialized(Block, self.remat, prevent_cse=False)
         self.h = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -160,7 +161,7 @@ class GPT2LMHeadModel(LanguageModel):
     """GPT-2 with a language-model head."""
 
     config: GPT2Config
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.transformer = Transformer(self.config, self.remat)

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jlora.train.models.remat import Remat, rematerialized
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -369,14 +371,14 @@ class Decoder(nn.Module):
     """Embedding, the scanned blocks, and the final norm."""
 
     config: DecoderConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         c = self.config
         init = nn.initializers.normal(c.init_range)
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size, c.dtype, c.dtype, embedding_init=init)
         # Inside scan nothing can be merged across iterations, so the barriers that prevent it would only cost.
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = rematerialized(Block, self.remat, prevent_cse=False)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -482,11 +484,11 @@ class LanguageModel(nn.Module):
 class CausalLM(LanguageModel):
     """A decoder with a language-model head.
 
-    With `remat`, the backward pass recomputes the inside of each block instead of storing it.
+    `remat` says what of each block the backward pass computes again.
     """
 
     config: DecoderConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.model = Decoder(self.config, self.remat)

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from jlora.train.models import encoders, hf
 from jlora.train.models.encoders import ACTIVATIONS
 from jlora.train.models.layers import dot_general_f32
+from jlora.train.models.remat import Remat, rematerialized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,11 +144,11 @@ class Stage(nn.Module):
 
     config: ResNetConfig
     index: int
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(self, x):
-        c, layer = self.config, nn.remat(Layer) if self.remat else Layer
+        c, layer = self.config, rematerialized(Layer, self.remat)
         halves = self.index > 0 or c.downsample_in_first_stage
         for i in range(c.depths[self.index]):
             stride = 2 if halves and i == 0 else 1
@@ -168,7 +169,7 @@ class Embedder(nn.Module):
 
 class Encoder(nn.Module):
     config: ResNetConfig
-    remat: bool
+    remat: Remat
 
     @nn.compact
     def __call__(self, x):
@@ -181,7 +182,7 @@ class ResNetModel(nn.Module):
     """The stages alone: images [b, height, width, channels] to features of their parts [b, i, j, d]."""
 
     config: ResNetConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.embedder = Embedder(self.config)
@@ -209,7 +210,7 @@ class ResNetForImageClassification(nn.Module):
     """Logits [b, labels] in float32 of images [b, height, width, channels] of any size."""
 
     config: ResNetConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.resnet = ResNetModel(self.config, self.remat)
@@ -222,7 +223,7 @@ class ResNetForImageClassification(nn.Module):
 HEADS = {None: ResNetModel, "classification": ResNetForImageClassification}
 
 
-def module(config: ResNetConfig, remat: bool = False) -> nn.Module:
+def module(config: ResNetConfig, remat: Remat = "none") -> nn.Module:
     return HEADS[config.head](config, remat)
 
 

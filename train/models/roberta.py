@@ -10,6 +10,7 @@ from jlora.train.models import hf
 from jlora.train.models.bert import BertConfig, BertModel, read_config
 from jlora.train.models.encoders import ACTIVATIONS, dense, layer_norm
 from jlora.train.models.layers import dot_general_f32
+from jlora.train.models.remat import Remat
 
 
 def config(source: dict[str, Any]) -> BertConfig:
@@ -45,7 +46,7 @@ class RobertaForMaskedLM(nn.Module):
     """Logits [b, t, vocab] in float32; arguments as for `BertModel`."""
 
     config: BertConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.roberta = BertModel(self.config, self.remat, pooled=False)
@@ -60,7 +61,7 @@ class RobertaForSequenceClassification(nn.Module):
     """Logits [b, labels] in float32; arguments as for `BertModel`."""
 
     config: BertConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.roberta = BertModel(self.config, self.remat, pooled=False)
@@ -74,7 +75,7 @@ class RobertaForSequenceClassification(nn.Module):
 HEADS = {None: BertModel, "masked_lm": RobertaForMaskedLM, "classification": RobertaForSequenceClassification}
 
 
-def module(config: BertConfig, remat: bool = False) -> nn.Module:
+def module(config: BertConfig, remat: Remat = "none") -> nn.Module:
     return HEADS[config.head](config, remat)
 
 

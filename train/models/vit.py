@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from jlora.train.models import encoders, hf
 from jlora.train.models.encoders import ACTIVATIONS, dense, layer_norm
 from jlora.train.models.layers import dot_general_f32
+from jlora.train.models.remat import Remat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +114,7 @@ class ViTModel(nn.Module):
     """The encoder alone, with its final norm: images [b, height, width, channels] to [b, 1 + patches, d]."""
 
     config: ViTConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.embeddings = Embeddings(self.config)
@@ -131,7 +132,7 @@ class ViTForImageClassification(nn.Module):
     """Logits [b, labels] in float32 of images [b, height, width, channels]."""
 
     config: ViTConfig
-    remat: bool = False
+    remat: Remat = "none"
 
     def setup(self):
         self.vit = ViTModel(self.config, self.remat)
@@ -144,7 +145,7 @@ class ViTForImageClassification(nn.Module):
 HEADS = {None: ViTModel, "classification": ViTForImageClassification}
 
 
-def module(config: ViTConfig, remat: bool = False) -> nn.Module:
+def module(config: ViTConfig, remat: Remat = "none") -> nn.Module:
     return HEADS[config.head](config, remat)
 
 
