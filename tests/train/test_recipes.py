@@ -28,6 +28,8 @@ FIGURES = {
     "smollm2_qlora": {"perplexity"},
     "minilm_sst2": {"accuracy"},
     "minilm_trec6": {"accuracy"},
+    "minilm_cola": {"matthews"},
+    "minilm_rte": {"accuracy"},
 }
 
 
