@@ -12,7 +12,11 @@ import hashlib
 import json
 import os
 import re
+import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,10 +40,17 @@ def connect(text: str, timeout: int) -> None:
     if text == "none" or jax.distributed.is_initialized():
         return
     address, processes, index = _place(text)
-    where = "what the cluster says" if address is None else f"{address}, as process {index} of {processes}"
+    where = "where the cluster says" if address is None else f"at {address}, as process {index} of {processes}"
+    late = (
+        f"--distributed {text}: tried for {timeout} s (--distributed-timeout) to meet all processes {where}. Start "
+        "every one of them, with the address of process 0, which the others must be able to reach"
+    )
+    watch = threading.Timer(timeout, _leave, (late, 2))  # jax itself would end the process with a dump of its stack
+    watch.daemon = True
+    watch.start()
     try:
         jax.distributed.initialize(
-            address, processes, index, initialization_timeout=timeout, heartbeat_timeout_seconds=timeout,
+            address, processes, index, initialization_timeout=timeout + 60, heartbeat_timeout_seconds=timeout,
             shutdown_timeout_seconds=timeout,
         )  # fmt: skip
     except ValueError as error:  # jax found no cluster
@@ -48,10 +59,35 @@ def connect(text: str, timeout: int) -> None:
             f"{', '.join(_VARIABLES)}, or give --distributed HOST:PORT,PROCESSES,INDEX"
         ) from error
     except RuntimeError as error:
-        raise UserError(
-            f"--distributed {text}: tried {where}, for {timeout} s (--distributed-timeout): {_first_line(error)}. "
-            "Start all processes, with the address of the first one, which the others must reach"
-        ) from error
+        raise UserError(f"--distributed {text}: tried {where}: {_first_line(error)}") from error
+    finally:
+        watch.cancel()
+
+
+@contextlib.contextmanager
+def alive(resume: Path) -> Iterator[None]:
+    """Around what a run computes. When another process dies, this fails here, and a line says so. The process ends at
+    once: an orderly end, of jax and of a checkpoint that is being written, would wait for the dead one.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        if os.environ.get("JLORA_DEBUG"):
+            traceback.print_exc()
+        _leave(
+            f"process {jax.process_index()}: a computation of the {jax.process_count()} processes failed, as a rule "
+            f"because one of them ended: see what it said ({_first_line(error)[:200]}). Start all of them again, with "
+            f"--resume {resume}",
+            1,
+        )
+
+
+def _leave(message: str, code: int) -> None:
+    sys.stdout.flush()
+    print(f"jlora: {message}", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def _place(text: str) -> tuple[str | None, int | None, int | None]:

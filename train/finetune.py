@@ -202,23 +202,24 @@ def _run(job: Job, run: RunDirectory, saved: dict[str, Any]) -> int:
     identity = loading.base_identity(job.adapted) | {"training data": job.task.identity(job.train)}
     checkpoints = Checkpoints(run.checkpoints, keep=config.run.keep, identity=identity)
     try:
-        state, stream = _restore_or_start(job, checkpoints, run)
-        results = distributed.from_first(run.read_results)
-        if "after" in results and state.step == config.train.steps:
-            say(f"this run is finished: see {run.readme}")
-            return 0
-        if "before" not in results:
-            results = _measure_before(job, run)
-        loss = results["before"][job.task.loss_key]
-        if not math.isfinite(float(loss)):
-            raise RunError(f"the held-out loss is {loss} before any training: stopped")
-        say(f"before: {figures_line(results['before'])}")
-        began, first = time.monotonic(), state.step
-        state, measured = _train(job, run, checkpoints, state, stream)
-        results["train_seconds"] = None if first else round(time.monotonic() - began, 1)
+        with distributed.alive(run.path):
+            state, stream = _restore_or_start(job, checkpoints, run)
+            results = distributed.from_first(run.read_results)
+            if "after" in results and state.step == config.train.steps:
+                say(f"this run is finished: see {run.readme}")
+                return 0
+            if "before" not in results:
+                results = _measure_before(job, run)
+            loss = results["before"][job.task.loss_key]
+            if not math.isfinite(float(loss)):
+                raise RunError(f"the held-out loss is {loss} before any training: stopped")
+            say(f"before: {figures_line(results['before'])}")
+            began, first = time.monotonic(), state.step
+            state, measured = _train(job, run, checkpoints, state, stream)
+            results["train_seconds"] = None if first else round(time.monotonic() - began, 1)
+            _finish(job, run, saved, results, state, measured)
     finally:
         checkpoints.close()
-    _finish(job, run, saved, results, state, measured)
     return 0
 
 
