@@ -41,11 +41,10 @@ def checksums(leaves: Sequence[Any]) -> list[int]:
     other change but for one in 2^32. Such a sum has no order: each device adds up what it holds, and the result is the
     same on any mesh; no array is gathered for it.
     """
-    return [int(number) for number in _checksums(list(leaves))]
+    return [int(number) for number in jax.jit(_checksums)(list(leaves))]
 
 
-@jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+def _checksums(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     def of(x: jax.Array) -> jax.Array:
         if jnp.iscomplexobj(x):
             x = jnp.stack([x.real, x.imag])
@@ -57,6 +56,11 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
         return jnp.sum(_mixed(x.astype(jnp.uint32) ^ _mixed(place)), dtype=jnp.uint32)
 
     return [of(x) for x in leaves]
+
+
+@jax.jit
+def _copied(tree: PyTree) -> tuple[PyTree, list[jax.Array]]:
+    return jax.tree.map(jnp.copy, tree), _checksums(jax.tree.leaves(tree))
 
 
 def _mixed(x: jax.Array) -> jax.Array:
@@ -130,10 +134,10 @@ class Checkpoints:
         """Start writing a checkpoint. Returns when the state has been copied; an earlier failed write raises here."""
         try:
             # Copies, since the next training step donates these buffers while the writing goes on.
-            state = jax.tree.map(jnp.copy, state)
+            state, numbers = _copied(state)
             meta = {
                 "identity": self.identity, "data": data, "processes": jax.process_count(),
-                "checksums": checksums(jax.tree.leaves(state)),
+                "checksums": [int(number) for number in numbers],
             }  # fmt: skip
             self._manager.save(
                 step,
