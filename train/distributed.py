@@ -155,19 +155,20 @@ def from_first(function: Callable[[], Any]) -> Any:
     return gather(found)[0]
 
 
-def check_same(what: str, options: dict[str, dict[str, Any]]) -> None:
-    """Refuse to run where the processes were given different options, by group and name."""
-    digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+def check_same(what: str, values: dict[str, dict[str, Any]]) -> None:
+    """Refuse to run where the processes have different values, by group and name: they would compute different things,
+    or wait for each other forever."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     if len(set(gather(digest))) == 1:
         return
-    told = gather(options)
+    told = gather(values)
     for process, theirs in enumerate(told):
-        for group, values in told[0].items():
-            for name, value in values.items():
+        for group, ours in told[0].items():
+            for name, value in ours.items():
                 if theirs[group][name] != value:
                     raise UserError(
                         f"process {process} has other {what} than process 0, which must be the same: {name} is "
-                        f"{theirs[group][name]!r} there and {value!r} here. Start all with one command"
+                        f"{theirs[group][name]!r} there and {value!r} here"
                     )
 
 

@@ -55,6 +55,8 @@ class Job:
     adapted: jlora.Adapted
     train: Any
     held_out: Any
+    identity: dict[str, Any]
+    """Of the data, by which a resumed run knows them."""
     apply: Callable
     eval_step: Callable
     reporter: Reporter
@@ -78,8 +80,7 @@ def finetune(config: FinetuneConfig, argv: list[str]) -> int:
     """Run the command; returns the exit code."""
     validate(config)
     distributed.connect(config.run.distributed, config.run.distributed_timeout)
-    alike = dataclasses.replace(config, run=dataclasses.replace(config.run, distributed="none"))
-    distributed.check_same("options", to_dict(alike))
+    distributed.check_same("options", _shared_options(config))
     reporter = Reporter()
     if config.run.resume is not None:
         here = {name: getattr(config.run, name) for name in ("mesh", "distributed", "distributed_timeout")}
@@ -89,8 +90,9 @@ def finetune(config: FinetuneConfig, argv: list[str]) -> int:
                 "--resume takes every option but --mesh and --distributed from the run's config.json: give no other "
                 "option with it"
             )
-        run = RunDirectory.open(config.run.resume)
-        saved, options = run.read_config(), loading.read_run_config(run)
+        with distributed.together():
+            run = RunDirectory.open(config.run.resume)
+            saved, options = run.read_config(), loading.read_run_config(run)
         here["mesh"] = config.run.mesh or options.run.mesh
         job = prepare(dataclasses.replace(options, run=dataclasses.replace(options.run, **here)), reporter, run.start)
     else:
@@ -141,6 +143,8 @@ def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = Non
     with loading.user_errors():
         train = task.encode(train, config.data, model)
         held_out = task.hold_out(held_out, config.data, model, config.eval)
+    identity = {"training data": task.identity(train)}
+    distributed.check_same("data", {"rows": {**identity, "held-out data": len(held_out.rows)}})
     adapted = loading.build_adapted(
         model, config.method, config.train.seed, start,
         lambda rules, usage: starts.calibrate(
@@ -152,7 +156,8 @@ def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = Non
     loading.abstract_arrays(config, adapted)  # an optimizer may refuse the parameters
     apply = jlora.lift(model.module.apply)
     step = task.make_eval_step(apply)
-    return Job(config, task, model, adapted, train, held_out, apply, step, reporter, StopSignals())
+    distributed.check_same("options", _shared_options(config))  # those that data and model decided
+    return Job(config, task, model, adapted, train, held_out, identity, apply, step, reporter, StopSignals())
 
 
 def describe(job: Job, command: str) -> dict[str, Any]:
@@ -178,6 +183,11 @@ def describe(job: Job, command: str) -> dict[str, Any]:
     }
 
 
+def _shared_options(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
+    """The options without the one that says which of several processes this is."""
+    return to_dict(dataclasses.replace(config, run=dataclasses.replace(config.run, distributed="none")))
+
+
 def _default_directory(config: FinetuneConfig) -> Path:
     parts = [Path(config.model.model).name, Path(config.data.data).name.split(".")[0], config.method.method]
     name = "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
@@ -199,7 +209,7 @@ def _run(job: Job, run: RunDirectory, saved: dict[str, Any]) -> int:
                 f"of the {what} examples {rows.truncated:,} were cut at --max-length {config.data.max_length} and "
                 f"{rows.dropped:,} left out, whose prompt fills it"
             )
-    identity = loading.base_identity(job.adapted) | {"training data": job.task.identity(job.train)}
+    identity = loading.base_identity(job.adapted) | job.identity
     checkpoints = Checkpoints(run.checkpoints, keep=config.run.keep, identity=identity)
     try:
         with distributed.alive(run.path):
