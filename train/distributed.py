@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import traceback
@@ -62,6 +63,8 @@ def connect(text: str, timeout: int) -> None:
         raise UserError(f"--distributed {text}: tried {where}: {_first_line(error)}") from error
     finally:
         watch.cancel()
+    # jax now notes SIGTERM and goes on. It is to end a process that is not training yet; `StopSignals` does the rest.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 @contextlib.contextmanager

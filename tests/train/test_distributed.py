@@ -102,13 +102,13 @@ def records(run, name):
     return [record[name] for record in lines if name in record]
 
 
-def assert_near(got, wanted):
-    """As far apart as sums in another order make them after a few steps of Adam."""
-    np.testing.assert_allclose(records(got, "loss"), records(wanted, "loss"), rtol=1e-4)
+def assert_near(got, wanted, rtol=1e-5):
+    """As far apart as sums in another order make them after a few steps of Adam; on another mesh more of them are."""
+    np.testing.assert_allclose(records(got, "loss"), records(wanted, "loss"), rtol=rtol)
     last = [records(run, "eval_nll")[-1] for run in (got, wanted)]  # a stop leaves an evaluation out
-    np.testing.assert_allclose(*last, rtol=1e-4)
+    np.testing.assert_allclose(*last, rtol=rtol)
     for name, tensor in adapter(wanted).items():
-        np.testing.assert_allclose(adapter(got)[name], tensor, atol=2e-2 * np.abs(tensor).max(), err_msg=name)
+        np.testing.assert_allclose(adapter(got)[name], tensor, atol=200 * rtol * np.abs(tensor).max(), err_msg=name)
 
 
 def assert_same(got, wanted):
@@ -183,7 +183,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_others_go_on(uninterrupted, c
     assert main(["finetune", "--resume", str(copies[2])]) == 0  # one device
     assert "resuming after step" in capsys.readouterr().out
     for copy in copies:
-        assert_near(copy, uninterrupted)
+        assert_near(copy, uninterrupted, rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -216,6 +216,18 @@ def test_a_process_alone_says_whom_it_waited_for(compile_once, tmp_path):
     with Processes(command, compile_once, own=((),), timeout=1) as processes:
         codes, _, errors = processes.end()
     assert codes == [2] and "tried for 1 s (--distributed-timeout) to meet all processes at localhost:" in errors[0]
+
+
+def test_sigterm_ends_a_process_that_does_not_train_yet():
+    code = f"""
+import os, signal, time
+from jlora.train import distributed
+distributed.connect("localhost:{free_port()},1,0", 60)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=100)
+    assert done.returncode == -signal.SIGTERM, done.stderr
 
 
 def test_auto_wants_a_cluster(compile_once, tmp_path):
