@@ -102,8 +102,8 @@ def records(run, name):
     return [record[name] for record in lines if name in record]
 
 
-def assert_near(got, wanted, rtol=1e-5):
-    """As far apart as sums in another order make them after a few steps of Adam; on another mesh more of them are."""
+def assert_near(got, wanted, rtol=1e-4):
+    """As far apart as sums in another order make them after a few steps of Adam."""
     np.testing.assert_allclose(records(got, "loss"), records(wanted, "loss"), rtol=rtol)
     last = [records(run, "eval_nll")[-1] for run in (got, wanted)]  # a stop leaves an evaluation out
     np.testing.assert_allclose(*last, rtol=rtol)
@@ -122,7 +122,7 @@ def test_two_processes_are_one_of_as_many_devices(compile_once, tmp_path, device
     printed = succeed([*command, "--out", str(two)], compile_once)
     assert "step 4/4" in printed and f"writing to {two}" in printed
     assert main(["finetune", *command, "--out", str(one)]) == 0
-    assert_near(two, one)
+    assert_near(two, one, rtol=1e-5)
     files = lambda run: {path.name for path in run.iterdir()}
     assert files(one) == files(two)
 
@@ -183,7 +183,7 @@ def test_a_signal_to_one_stops_all_at_one_step_and_others_go_on(uninterrupted, c
     assert main(["finetune", "--resume", str(copies[2])]) == 0  # one device
     assert "resuming after step" in capsys.readouterr().out
     for copy in copies:
-        assert_near(copy, uninterrupted, rtol=1e-4)
+        assert_near(copy, uninterrupted)
 
 
 @pytest.mark.slow
