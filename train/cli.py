@@ -103,7 +103,8 @@ def _whole_descriptions(argv: list[str]):
 
 @contextlib.contextmanager
 def _quiet_orbax():
-    """orbax logs each step it takes, and after a failed write the event loops it left behind complain one by one.
+    """orbax logs each step it takes, and after a failed write or read what it left behind complains one by one: event
+    loops, and reads of other arrays.
 
     The failure itself arrives as an exception, and is told in one line.
     """
@@ -111,7 +112,7 @@ def _quiet_orbax():
     level = logger.level
 
     def quiet_hook(unraisable):
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not str(unraisable.exc_value).startswith(("Event loop is closed", "Encountered error while reading array")):
             hook(unraisable)
 
     logger.setLevel(logging.CRITICAL)

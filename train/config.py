@@ -219,7 +219,14 @@ class RunOptions:
     """Run directory (default: runs/<model>-<data>-<method>-<time>)."""
     mesh: OptionalStr = None
     """Devices to run on, all that there are: sizes of the axes data, fsdp, model, expert, e.g. `data=2,model=4`, or
-    `none` for one device; with `--resume`, others than before (default: none; of a resumed run, its own)."""
+    `none` for one device; with `--resume`, others than before (default: none, or with `--distributed` all devices as
+    `data`; of a resumed run, its own)."""
+    distributed: str = "none"
+    """Run as one of several processes that share a run: `auto` on TPU pods, Slurm, Open MPI, or as the variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say; or HOST:PORT,PROCESSES,INDEX, with the host of
+    process 0. All processes are given the same command but for INDEX."""
+    distributed_timeout: int = 100
+    """Seconds after which a process that does not come, or gives no sign of life, is given up."""
     overwrite: bool = False
     """Replace an earlier run in `--out`; without it an existing directory is an error."""
     resume: OptionalPath = None
@@ -411,6 +418,7 @@ def validate(config: FinetuneConfig) -> None:
         "--max-length": config.data.max_length, "--eval-batch-size": config.eval.eval_batch_size,
         "--eval-limit": config.eval.eval_limit, "--max-new-tokens": config.eval.max_new_tokens,
         "--keep": config.run.keep, "--log-every": config.run.log_every,
+        "--distributed-timeout": config.run.distributed_timeout,
         "--calibration-batches": config.method.calibration_batches,
     }  # fmt: skip
     for option, value in positive.items():

@@ -16,12 +16,13 @@ from jaxtyping import PyTree
 
 import jlora
 from jlora.io import save_peft
-from jlora.train import data, loading, models, starts, tasks
+from jlora.train import data, distributed, loading, models, starts, tasks
 from jlora.train import mesh as meshes
 from jlora.train.checkpoint import Checkpoints
 from jlora.train.config import (
     FinetuneConfig,
     RunError,
+    RunOptions,
     UserError,
     resolve_rate,
     resolve_steps,
@@ -54,6 +55,8 @@ class Job:
     adapted: jlora.Adapted
     train: Any
     held_out: Any
+    identity: dict[str, Any]
+    """Of the data, by which a resumed run knows them."""
     apply: Callable
     eval_step: Callable
     reporter: Reporter
@@ -75,24 +78,27 @@ class Job:
 
 def finetune(config: FinetuneConfig, argv: list[str]) -> int:
     """Run the command; returns the exit code."""
+    validate(config)
+    distributed.connect(config.run.distributed, config.run.distributed_timeout)
+    distributed.check_same("options", _shared_options(config))
     reporter = Reporter()
     if config.run.resume is not None:
-        given = dataclasses.replace(config, run=dataclasses.replace(config.run, resume=None, mesh=None))
-        if given != FinetuneConfig():
+        here = {name: getattr(config.run, name) for name in ("mesh", "distributed", "distributed_timeout")}
+        unset = {name: getattr(RunOptions(), name) for name in (*here, "resume")}
+        if dataclasses.replace(config, run=dataclasses.replace(config.run, **unset)) != FinetuneConfig():
             raise UserError(
-                "--resume takes every option but --mesh from the run's config.json: give no other option with it"
+                "--resume takes every option but --mesh and --distributed from the run's config.json: give no other "
+                "option with it"
             )
-        run = RunDirectory.open(config.run.resume)
-        saved, options = run.read_config(), loading.read_run_config(run)
-        mesh = config.run.mesh or options.run.mesh
-        job = prepare(
-            dataclasses.replace(options, run=dataclasses.replace(options.run, mesh=mesh)), reporter, run.start
-        )
+        with distributed.together():
+            run = RunDirectory.open(config.run.resume)
+            saved, options = run.read_config(), loading.read_run_config(run)
+        here["mesh"] = config.run.mesh or options.run.mesh
+        job = prepare(dataclasses.replace(options, run=dataclasses.replace(options.run, **here)), reporter, run.start)
     else:
-        validate(config)
-        path = config.run.out or _default_directory(config)
+        path = config.run.out or Path(distributed.from_first(lambda: str(_default_directory(config))))
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, out=path))
-        RunDirectory.check_free(path, config.run.overwrite)
+        distributed.from_first(lambda: RunDirectory.check_free(path, config.run.overwrite))
         job = prepare(config, reporter)
         if config.run.dry_run:
             from jlora.train.inform import run_plan  # which imports Job from here
@@ -110,9 +116,9 @@ def finetune(config: FinetuneConfig, argv: list[str]) -> int:
         except (Interrupted, StopRequested) as stop:
             _plot(job, run)
             where = f"after step {stop.step}, which is saved" if isinstance(stop, Interrupted) else "between steps"
-            reporter.say(f"{signal.Signals(job.signals.received).name}: stopped {where}. Continue with:")
+            reporter.say(f"{signal.Signals(job.signals.agreed).name}: stopped {where}. Continue with:")
             reporter.say(f"  jlora finetune --resume {shlex.quote(str(run.path))}")
-            return 128 + job.signals.received
+            return 128 + job.signals.agreed
         except OSError as error:
             raise RunError(f"could not write to {run.path}: {error}; what was saved before is kept") from error
 
@@ -126,7 +132,7 @@ def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = Non
     if mesh is not None:
         meshes.check_rows(mesh, batch_size=config.train.batch_size)
     reporter.unit = task.unit
-    with loading.user_errors():
+    with distributed.together(), loading.user_errors():
         task.check(config.model.model, models.family_of(config.model.model))
         options, train, held_out = task.read(config.data, config.model.model, config.train.seed)
     model = loading.load_run_model(dataclasses.replace(config, data=options), mesh)
@@ -137,6 +143,8 @@ def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = Non
     with loading.user_errors():
         train = task.encode(train, config.data, model)
         held_out = task.hold_out(held_out, config.data, model, config.eval)
+    identity = {"training data": task.identity(train)}
+    distributed.check_same("data", {"rows": {**identity, "held-out data": len(held_out.rows)}})
     adapted = loading.build_adapted(
         model, config.method, config.train.seed, start,
         lambda rules, usage: starts.calibrate(
@@ -148,7 +156,8 @@ def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = Non
     loading.abstract_arrays(config, adapted)  # an optimizer may refuse the parameters
     apply = jlora.lift(model.module.apply)
     step = task.make_eval_step(apply)
-    return Job(config, task, model, adapted, train, held_out, apply, step, reporter, StopSignals())
+    distributed.check_same("options", _shared_options(config))  # those that data and model decided
+    return Job(config, task, model, adapted, train, held_out, identity, apply, step, reporter, StopSignals())
 
 
 def describe(job: Job, command: str) -> dict[str, Any]:
@@ -174,6 +183,11 @@ def describe(job: Job, command: str) -> dict[str, Any]:
     }
 
 
+def _shared_options(config: FinetuneConfig) -> dict[str, dict[str, Any]]:
+    """The options without the one that says which of several processes this is."""
+    return to_dict(dataclasses.replace(config, run=dataclasses.replace(config.run, distributed="none")))
+
+
 def _default_directory(config: FinetuneConfig) -> Path:
     parts = [Path(config.model.model).name, Path(config.data.data).name.split(".")[0], config.method.method]
     name = "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
@@ -195,35 +209,37 @@ def _run(job: Job, run: RunDirectory, saved: dict[str, Any]) -> int:
                 f"of the {what} examples {rows.truncated:,} were cut at --max-length {config.data.max_length} and "
                 f"{rows.dropped:,} left out, whose prompt fills it"
             )
-    identity = loading.base_identity(job.adapted) | {"training data": job.task.identity(job.train)}
+    identity = loading.base_identity(job.adapted) | job.identity
     checkpoints = Checkpoints(run.checkpoints, keep=config.run.keep, identity=identity)
     try:
-        state, stream = _restore_or_start(job, checkpoints, run)
-        results = run.read_results()
-        if "after" in results and state.step == config.train.steps:
-            say(f"this run is finished: see {run.readme}")
-            return 0
-        if "before" not in results:
-            results = _measure_before(job, run)
-        loss = results["before"][job.task.loss_key]
-        if not math.isfinite(float(loss)):
-            raise RunError(f"the held-out loss is {loss} before any training: stopped")
-        say(f"before: {figures_line(results['before'])}")
-        began, first = time.monotonic(), state.step
-        state, measured = _train(job, run, checkpoints, state, stream)
-        results["train_seconds"] = None if first else round(time.monotonic() - began, 1)
+        with distributed.alive(run.path):
+            state, stream = _restore_or_start(job, checkpoints, run)
+            results = distributed.from_first(run.read_results)
+            if "after" in results and state.step == config.train.steps:
+                say(f"this run is finished: see {run.readme}")
+                return 0
+            if "before" not in results:
+                results = _measure_before(job, run)
+            loss = results["before"][job.task.loss_key]
+            if not math.isfinite(float(loss)):
+                raise RunError(f"the held-out loss is {loss} before any training: stopped")
+            say(f"before: {figures_line(results['before'])}")
+            began, first = time.monotonic(), state.step
+            state, measured = _train(job, run, checkpoints, state, stream)
+            results["train_seconds"] = None if first else round(time.monotonic() - began, 1)
+            _finish(job, run, saved, results, state, measured)
     finally:
         checkpoints.close()
-    _finish(job, run, saved, results, state, measured)
     return 0
 
 
 def _restore_or_start(job: Job, checkpoints: Checkpoints, run: RunDirectory) -> tuple[TrainState, Any]:
     """The newest readable checkpoint, or step 0; and the stream of batches in the same place."""
     stream = data.batches(job.train, job.config.train.batch_size, job.config.train.seed)
-    restored = checkpoints.restore(loading.abstract_arrays(job.config, job.adapted))
+    places = loading.places(job.config, job.adapted, job.task.mesh)
+    restored = checkpoints.restore(loading.abstract_arrays(job.config, job.adapted, places))
     if restored is None:
-        state = loading.initial_state(job.config, job.adapted)
+        state = loading.initial_state(job.config, job.adapted, places)
     else:
         for problem in restored.skipped:
             job.reporter.say(f"{problem}; falling back to the one before")
@@ -256,11 +272,8 @@ def _train(job: Job, run: RunDirectory, checkpoints: Checkpoints, state: TrainSt
 
     steps = config.train.steps
     schedule = learning_rate_schedule(config.optimizer, steps)
-    shardings = None
-    if job.task.mesh is not None:
-        shardings = loading.shardings(config, job.adapted)
-        trainable, opt_state = jax.device_put((state.trainable, state.opt_state), shardings)
-        state = dataclasses.replace(state, trainable=trainable, opt_state=opt_state)
+    places = loading.places(config, job.adapted, job.task.mesh)
+    shardings = places and (places["trainable"], places["opt_state"])
     loop = Loop(
         fixed=job.adapted.replace(trainable={}),
         train_step=make_train_step(job.apply, loading.run_optimizer(config), job.task.loss, shardings),
@@ -320,6 +333,8 @@ def _finish(
 
 
 def _plot(job: Job, run: RunDirectory) -> None:
+    if not distributed.first():
+        return
     options = job.config
     title = f"{Path(job.model.name).name} on {Path(options.data.data).name}, {options.method.method}"
     plot_losses(run.read_metrics(), run.plot, title, job.task.loss_unit)
@@ -330,5 +345,10 @@ def export_adapter(
 ) -> None:
     """Write an adapter in PEFT format, all of it or nothing."""
     name = models.packaged.hub_name(model_name)
+    lazily = lambda leaf: leaf if leaf.is_fully_addressable else distributed.Gathered(leaf)
+    adapted = adapted.replace(
+        base=jax.tree.map(lazily, adapted.base), trainable=distributed.to_host(adapted.trainable),
+        frozen=distributed.to_host(adapted.frozen),
+    )  # fmt: skip
     with write_directory(directory, overwrite) as temporary:
         save_peft(adapted, temporary, base_model_name_or_path=name, task_type=task.peft_type)

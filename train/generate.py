@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from jlora.train import distributed
 from jlora.train.models.layers import Cache, DecoderConfig
 
 
@@ -69,7 +70,7 @@ def generate(
             params, ids, segment_ids, keys, temperature, top_p, apply=apply, config=config,
             max_new_tokens=max_new_tokens, ends=ends, greedy=temperature == 0,
         )  # fmt: skip
-        for i, tokens, count in zip(chosen, np.asarray(new), np.asarray(counts), strict=False):
+        for i, tokens, count in zip(chosen, *distributed.to_host((new, counts)), strict=False):
             outputs[i] = tokens[:count].tolist()
     return outputs
 

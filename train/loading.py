@@ -11,13 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 import jlora
 from jlora.io import load_peft
 from jlora.methods import METHODS, Full, Method
-from jlora.train import chat, data, models, starts
+from jlora.train import chat, data, distributed, models, starts
 from jlora.train import mesh as meshes
 from jlora.train.checkpoint import Checkpoints, fingerprint
 from jlora.train.config import (
@@ -56,11 +56,12 @@ def load_model(
     mesh: Mesh | None = None,
 ) -> models.LoadedModel:
     """The model, with a head for `labels` if there are any; `seed` is of one that has to be drawn."""
-    with user_errors():
+    with distributed.together(), user_errors():
         model = models.load(
             name, dtype="bfloat16" if bf16 else "float32", remat=remat, labels=labels or None, seed=seed,
             mesh=mesh, specs=mesh and functools.partial(meshes.specs, mesh),
         )  # fmt: skip
+    with user_errors():
         if quantize == "none":
             return model
         params = jlora.quant.quantize(model.params, _FORMATS[quantize], usage=usage_of(model))
@@ -235,26 +236,39 @@ def prompt_ids(text: str, model: models.LoadedModel) -> list[int]:
     return ([] if bos is None else [bos]) + model.tokenizer.encode(text)
 
 
-def initial_state(config: FinetuneConfig, adapted: "jlora.Adapted") -> TrainState:
-    """Step 0. The key is apart from the one that initialized the adapter."""
-    key = jax.random.fold_in(jax.random.key(config.train.seed), 1)
+def initial_state(config: FinetuneConfig, adapted: "jlora.Adapted", places: PyTree = None) -> TrainState:
+    """Step 0, on the devices that `places` names. The key is apart from the one that initialized the adapter."""
+    key, init = jax.random.fold_in(jax.random.key(config.train.seed), 1), run_optimizer(config).init
     with user_errors():
-        return TrainState(0, adapted.trainable, run_optimizer(config).init(adapted.trainable), key)
+        if places is None:
+            return TrainState(0, adapted.trainable, init(adapted.trainable), key)
+        trainable = distributed.place(adapted.trainable, places["trainable"])
+        opt_state = jax.jit(init, out_shardings=places["opt_state"])(trainable)
+        key = distributed.place(jax.random.key_data(key), places["key"])
+        return TrainState.from_arrays(0, {"trainable": trainable, "opt_state": opt_state, "key": key})
 
 
 def run_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
     return make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, config.train.steps))
 
 
-def shardings(config: FinetuneConfig, adapted: "jlora.Adapted") -> tuple[PyTree, PyTree]:
-    """Where the trainable parameters and the optimizer's state of a run go, whose base lies on a mesh."""
+def places(config: FinetuneConfig, adapted: "jlora.Adapted", mesh: Mesh | None) -> PyTree:
+    """Where on a mesh the arrays of a run's state go: trainable parameters as their weights, the optimizer's state as
+    these, and the key whole. None without a mesh."""
+    if mesh is None:
+        return None
     trainable = jlora.shard.specs(adapted).trainable
-    return trainable, jlora.shard.of_state(run_optimizer(config), adapted.trainable, trainable)
+    opt_state = jlora.shard.of_state(run_optimizer(config), adapted.trainable, trainable)
+    return {"trainable": trainable, "opt_state": opt_state, "key": NamedSharding(mesh, PartitionSpec())}
 
 
-def abstract_arrays(config: FinetuneConfig, adapted: "jlora.Adapted") -> PyTree:
-    """Shapes and dtypes of what a checkpoint of this run holds."""
-    return jax.eval_shape(lambda: initial_state(config, adapted).arrays())
+def abstract_arrays(config: FinetuneConfig, adapted: "jlora.Adapted", places: PyTree = None) -> PyTree:
+    """Shapes, dtypes and places of what a checkpoint of this run holds."""
+    shapes = jax.eval_shape(lambda: initial_state(config, adapted).arrays())
+    if places is None:
+        return shapes
+    put = lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+    return jax.tree.map(put, shapes, places)
 
 
 def base_identity(adapted: "jlora.Adapted") -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
+from jlora.train import distributed
 from jlora.train.call import Call
 from jlora.train.checkpoint import Checkpoints
 from jlora.train.config import RunError
@@ -78,10 +79,16 @@ def make_train_step(
 
 
 class StopSignals:
-    """While active, the first SIGINT or SIGTERM is only noted; the second one acts as usual."""
+    """While active, the first SIGINT or SIGTERM is only noted; the second one acts as usual.
+
+    Several processes must stop at the same step, wherever the signal arrives: it counts, as `agreed`, when all of them
+    know of it.
+    """
 
     def __init__(self):
         self.received: int | None = None
+        self.agreed: int | None = None
+        self._asked: Any = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self):
@@ -101,9 +108,20 @@ class StopSignals:
         self.received = signum
         self._restore()
 
+    def look(self) -> int | None:
+        """The signal that has come, if one has; to be called at the end of every step.
+
+        Of several processes it tells what was known at the step before: that number is there when the step is, and
+        nobody waits for it.
+        """
+        asked, self._asked = self._asked, distributed.largest(self.received or 0)
+        self.agreed = int(self._asked if jax.process_count() == 1 else asked) or self.agreed
+        return self.agreed
+
     def poll(self) -> None:
         """Raise `StopRequested` when a signal has come."""
-        if self.received:
+        self.agreed = int(distributed.largest(self.received or 0)) or self.agreed
+        if self.agreed:
             raise StopRequested
 
 
@@ -185,15 +203,17 @@ class Loop:
         last = step == self.steps
         evaluating = last or _due(step, self.eval_every)
         saving = last or _due(step, self.checkpoint_every)
-        if evaluating or saving or self.signals.received or _due(step, self.log_every):
+        stopping = self.signals.look()
+        if evaluating or saving or stopping or _due(step, self.log_every):
             self._log()
         eval_nll = self._evaluate(state) if evaluating else None
-        if saving or self.signals.received:
+        stopping = self.signals.agreed  # it may have come during the evaluation
+        if saving or stopping:
             metric = eval_nll if eval_nll is not None and math.isfinite(eval_nll) else None
             self.checkpoints.save(step, state.arrays(), self.batches.get_state(), metric)
-        if self.signals.received:
+        if stopping:
             self.checkpoints.wait()
-            raise Interrupted(self.signals.received, step)
+            raise Interrupted(stopping, step)
         if evaluating or saving:
             self._clock = time.monotonic()  # tokens/s is that of training alone
         return state

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jlora.train import distributed
 from jlora.train.config import UserError
 
 AXES = ("data", "fsdp", "model", "expert")
@@ -32,9 +33,16 @@ _WHOLE = re.compile(r"(^|/)(gate|shared_expert_gate|classifier|wpe|position_embe
 
 
 def make(text: str | None) -> Mesh | None:
-    """The mesh of `--mesh`; None for one device."""
+    """The mesh of `--mesh`; None for one device. Devices of several processes are one axis `data` without it."""
     if text in (None, "none"):
-        return None
+        if jax.process_count() == 1:
+            return None
+        if text == "none":
+            raise UserError(
+                f"--mesh none is for one device, and --distributed has {jax.device_count()}: leave it out, or say "
+                f"how to use them, such as --mesh data={jax.device_count()}"
+            )
+        text = f"data={jax.device_count()}"
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
@@ -47,7 +55,8 @@ def make(text: str | None) -> Mesh | None:
     wanted, there = math.prod(sizes.values()), jax.device_count()
     if wanted != there:
         raise UserError(
-            f"--mesh {text} is for {wanted} devices, and there are {there}: the sizes must multiply to {there}"
+            f"--mesh {text} is for {wanted} devices, and there are {there}: the sizes must multiply to {there}; a run "
+            "that goes on takes another --mesh beside --resume"
             + (" (XLA_FLAGS=--xla_force_host_platform_device_count=8 makes eight of one CPU)" if there == 1 else "")
         )
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
@@ -90,17 +99,20 @@ def check_rows(mesh: Mesh, **sizes: int) -> None:
             raise UserError(
                 f"--{option.replace('_', '-')} {size} rows cannot be divided over the {parts} devices of "
                 f"{', '.join(name for name in _ROWS if mesh.shape.get(name, 1) > 1)}: "
-                f"--{option.replace('_', '-')} {-(-size // parts) * parts} can"
+                f"--{option.replace('_', '-')} {-(-size // parts) * parts} can, or a --mesh where they divide {size}"
             )
 
 
 def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray], axis: int) -> dict[str, jax.Array]:
-    """A batch, its rows along `axis`, over the devices; whole on each where there are not enough of them."""
+    """A batch, its rows along `axis`, over the devices; whole on each where there are not enough of them.
+
+    Where several processes have devices, each of them has drawn the whole batch and makes its devices' part of it.
+    """
     names = tuple(name for name in _ROWS if mesh.shape.get(name, 1) > 1)
     parts = math.prod(mesh.shape[name] for name in names)
 
     def put(rows: np.ndarray) -> jax.Array:
         spec = (*(None,) * axis, names) if names and rows.shape[axis] % parts == 0 else ()
-        return jax.device_put(rows, NamedSharding(mesh, PartitionSpec(*spec)))
+        return distributed.place(rows, NamedSharding(mesh, PartitionSpec(*spec)))
 
     return {name: put(rows) for name, rows in batch.items()}

@@ -20,19 +20,24 @@ from rich.progress import (
     track,
 )
 
+from jlora.train import distributed
 from jlora.train.models.packaged import hub_name
 from jlora.train.run import RunDirectory, write_file
 
 
 class Reporter:
-    """Training progress: a live bar with loss, tokens/s and remaining time on a terminal, plain lines elsewhere."""
+    """Training progress: a live bar with loss, tokens/s and remaining time on a terminal, plain lines elsewhere.
+
+    Of several processes the first one speaks."""
 
     unit = "tokens"
     """What speed is counted in."""
 
     def __init__(self, console: Console | None = None):
         # highlight and markup off: texts of the data may hold anything, brackets included
-        self.console = console or Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
+        self.console = console or Console(
+            file=sys.stdout, highlight=False, markup=False, soft_wrap=True, quiet=not distributed.first()
+        )
         self._progress: Progress | None = None
 
     def say(self, text: str = "") -> None:

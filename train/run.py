@@ -10,6 +10,9 @@ loss.png        training and held-out loss over steps
 checkpoints/    the newest and the best training states (orbax)
 adapter/        the adapter in PEFT format
 README.md       what was run, what came out, how to load it
+
+Where several processes share a run, the first one writes all this, and what the others write is dropped; the
+checkpoints alone are written by all. The directory must be one that all of them see.
 """
 
 import contextlib
@@ -22,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jlora.train import distributed
 from jlora.train.config import UserError
 
 
@@ -31,6 +35,8 @@ def _temporary_name(path: Path) -> Path:
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write through a temporary file and a rename: readers see the old file or the new one, never a part."""
+    if not distributed.first():
+        return
     temporary = _temporary_name(path)
     try:
         with open(temporary, "wb") as file:
@@ -50,6 +56,10 @@ def write_json(path: Path, value: Any) -> None:
 @contextlib.contextmanager
 def write_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
     """A temporary directory beside `path` that takes its place when the body ends well and vanishes otherwise."""
+    if not distributed.first():  # it may gather what lies on all devices, and so must be run
+        with tempfile.TemporaryDirectory() as unused:
+            yield Path(unused)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     temporary.chmod(0o777 & ~_umask())
@@ -116,10 +126,17 @@ class RunDirectory:
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], overwrite: bool) -> "RunDirectory":
         """A new run directory with its configuration, all at once."""
-        cls.check_free(path, overwrite)
+        distributed.from_first(lambda: cls.check_free(path, overwrite))
         with write_directory(path, overwrite=True) as temporary:
             write_json(temporary / "config.json", config)
-        return cls(path)
+        distributed.gather(None)  # it is written
+        run = cls(path)
+        with distributed.together():
+            if not run.config.is_file():
+                raise UserError(
+                    f"{run.config} was written by process 0 and is not here: --out must be on storage that all see"
+                )
+        return run
 
     def read_config(self) -> dict[str, Any]:
         return self._read_json(self.config)
@@ -136,6 +153,8 @@ class RunDirectory:
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         """One line, in one write."""
+        if not distributed.first():
+            return
         with open(self.metrics, "ab") as file:
             file.write((json.dumps(_plain(record)) + "\n").encode())
 

@@ -21,7 +21,7 @@ from jlora.adapt import build, plan
 from jlora.calibrate import Calibration, planned
 from jlora.lift import LeafUsage
 from jlora.methods import LoRA, Method, Site
-from jlora.train import data
+from jlora.train import data, distributed
 from jlora.train.call import Call
 from jlora.train.config import MethodOptions, UserError, literal_options
 from jlora.train.run import write_file
@@ -90,7 +90,7 @@ def save(adapted: "jlora.Adapted", file: Path) -> None:
     trainable = {path: own for path, own in adapted.trainable.items() if not _is_whole(adapted.sites, path)}
     arrays = paths.flatten({"trainable": trainable, "frozen": adapted.frozen})[0]
     stream = io.BytesIO()
-    np.savez(stream, **{_SITES: np.asarray(json.dumps(ranks))}, **{name: np.asarray(value) for name, value in arrays})
+    np.savez(stream, **{_SITES: np.asarray(json.dumps(ranks))}, **distributed.to_host(dict(arrays)))
     write_file(file, stream.getvalue())
 
 

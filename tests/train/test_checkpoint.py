@@ -1,3 +1,5 @@
+import json
+import os
 import pathlib
 
 import jax
@@ -83,6 +85,19 @@ def test_read_only_leaves_a_damaged_checkpoint_alone(saved):
     (saved / "5" / "meta" / "metadata").write_text("")
     assert restore(saved, read_only=True).step == 4
     assert (saved / "5").exists()
+
+
+def test_files_of_other_hosts_that_are_missing_are_no_damage(saved):
+    """As of a run by two processes whose directory was not shared: nothing is dropped, and it says what to bring."""
+    meta = saved / "5" / "meta" / "metadata"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"processes": 2}))
+    largest = max(
+        (path for path in (saved / "5" / "state").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    os.truncate(largest, 10)
+    with pytest.raises(UserError, match="5 in .* was written by 2 processes, and it lacks what process 1 wrote"):
+        restore(saved)
+    assert largest.exists()
 
 
 def test_all_damaged_is_an_error(saved):

@@ -26,6 +26,8 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jlora.train import distributed
+
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 4 * 2**30
@@ -276,7 +278,7 @@ def build_params(
     for path, leaf in leaves.items():
         sharding = shardings.get(path)
         if path in new:
-            params[path] = new[path] if sharding is None else jax.device_put(new[path], sharding)
+            params[path] = new[path] if sharding is None else distributed.place(new[path], sharding)
         elif sharding is None:
             params[path] = jax.device_put(block_of(path, tuple(slice(0, n) for n in leaf.shape)))
         else:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
 from jlora.train import data as streams
+from jlora.train import distributed
 from jlora.train import mesh as meshes
 from jlora.train.call import Call
 from jlora.train.config import DataOptions, EvalOptions, UserError, resolve_length
@@ -259,5 +260,5 @@ def batches(task: Task, rows: Rows, batch_size: int, poll: Callable):
 
 def collect(task: Task, step: Callable, params: PyTree, rows: Rows, batch_size: int, poll: Callable) -> np.ndarray:
     """Outputs [N, ...] of all rows, in order."""
-    outputs = [np.asarray(step(params, batch)) for batch in batches(task, rows, batch_size, poll)]
+    outputs = [distributed.to_host(step(params, batch)) for batch in batches(task, rows, batch_size, poll)]
     return np.concatenate(outputs)[: len(rows)]

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jlora.train import chat, loading, metrics
+from jlora.train import chat, distributed, loading, metrics
 from jlora.train import data as files
 from jlora.train.config import DataOptions, EvalOptions, UserError
 from jlora.train.models import LoadedModel
@@ -122,8 +122,8 @@ class DPO(CausalLM):
         return base.output_step(apply, bind, self.rewards)
 
     def evaluate(self, step, params, held_out, batch_size, poll=lambda: None) -> Measured:
-        found = [step(params, batch) for batch in base.batches(self, held_out.rows, batch_size, poll)]
-        rewards = np.concatenate([np.asarray(rewards, np.float64) for rewards, _ in found])[: len(held_out.rows)]
+        rewards = [step(params, batch)[0] for batch in base.batches(self, held_out.rows, batch_size, poll)]
+        rewards = np.concatenate(distributed.to_host(rewards)).astype(np.float64)[: len(held_out.rows)]
         chosen, rejected = rewards.T
         margins = chosen - rejected
         ahead = np.where(np.abs(margins) < 1e-4, 0.5, margins > 0)
