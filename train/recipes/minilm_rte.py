@@ -4,7 +4,12 @@
     python -m jlora.train.recipes.minilm_rte rte.train.tsv.gz rte.dev.tsv.gz
 
 The files have the columns sentence1, sentence2 and label (0: it follows): GLUE's 2,490 pairs to train on and 277 to
-develop with. TODO
+develop with. 300 steps of 16 pairs are 1.9 passes.
+
+Expect little: an accuracy of 0.556 (one seed), where one answer to all has 0.527, and 277 pairs tell 0.03 from nothing
+barely. The training loss goes down and the held-out loss does not. MiniLM was made to compare sentences that are read
+apart; what follows from what is not in its features, and larger encoders learn it from other tasks first. With
+--learning-rate 2e-3 it gives one answer to all. 14 minutes on two CPU cores that were mostly busy with other work.
 """
 
 import sys
@@ -13,7 +18,7 @@ from jlora.train import recipes
 
 OPTIONS = (
     "--task classification --model minilm --data {0} --eval-data {1} --text-column sentence1 --pair-column sentence2 "
-    "--steps 450 --batch-size 16 --learning-rate 2e-3 --max-length 128 --eval-every 150 --eval-batch-size 64 "
+    "--steps 300 --batch-size 16 --learning-rate 5e-4 --eval-every 150 --eval-batch-size 64 "
     "--checkpoint-every 0"
 ).split()
 
