@@ -8,7 +8,7 @@ develop with. 300 steps of 16 pairs are 1.9 passes.
 
 Expect little: an accuracy of 0.556 (one seed), where one answer to all has 0.527, and 277 pairs tell 0.03 from nothing
 barely. The training loss goes down and the held-out loss does not. MiniLM was made to compare sentences that are read
-apart; what follows from what is not in its features, and larger encoders learn it from other tasks first. With
+apart; whether one follows from the other is not in its features, and larger encoders learn it elsewhere first. With
 --learning-rate 2e-3 it gives one answer to all. 14 minutes on two CPU cores that were mostly busy with other work.
 """
 
