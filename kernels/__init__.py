@@ -6,3 +6,4 @@ from jlora.kernels.multi_lora import Slots as Slots
 from jlora.kernels.multi_lora import group_rows as group_rows
 from jlora.kernels.multi_lora import multi_lora as multi_lora
 from jlora.kernels.product import product as product
+from jlora.kernels.quantized_dot import quantized_dot as quantized_dot
