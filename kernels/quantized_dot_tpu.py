@@ -8,19 +8,19 @@
 A block of codes comes from memory, becomes a block of R in the dtype of the product, and goes into the matrix unit; the
 sum is in float32.
 
-NF4 holds two columns in a byte, 2j in the high half and 2j + 1 in the low half. Both halves are taken apart as two
-blocks, of the even and of the odd columns, and never put together again: it is x that is split into its even and odd
-columns before, and dx that is put together after. Both are small beside R times the number of its rows.
+NF4 holds two columns in a byte, 2j in the high half and 2j + 1 in the low half. To bring the two together again lane by
+lane would cost more than all the rest. It is not done: of 128 bytes the high halves come first, then the low halves,
+and x has its columns put in that order before, and dx put back after its sum. A product with a permutation does both,
+exactly, and once for each x and dx: a share of 256 / rows of the work.
 
-An entry of the table is looked up by a tree of selects on the four bits of a code: exact, with 4 comparisons and 15
-selects, in any shape. (The matrix unit would take 16 times the product for it, and no polynomial short of degree 15 is
-exact.)
+An entry of the table is looked up by a gather along the lanes of a register that holds the table: one operation of the
+shuffle unit in the place of 19 of the vector unit (4 tests of bits and 15 selects), exact as they are.
 
 A magnitude belongs to block_size columns. They are handed over transposed, [blocks, rows], since a block of a few of
 them would be filled up to 128 lanes the other way round, and spread to the columns by a product with zeros and ones:
 split into three numbers of bfloat16, which are all its bits, it is exact in one pass of the matrix unit.
 
-Edges are as in `lora_linear_tpu`.
+Edges are as in `lora_linear_tpu`, and a block of columns may be wider than the array.
 """
 
 import dataclasses
@@ -39,11 +39,12 @@ from jlora.kernels.lora_linear_tpu import _dot, _inside, _like, _matrix
 from jlora.kernels.quantized_dot import QuantizedPieces
 from jlora.quant.nf4 import BLOCK_OF_MAGNITUDES, CODE, NF4
 
-# Blocks of tokens, in bfloat16, and of rows and columns of codes. Taking codes apart costs about what the product of
-# 256 tokens does, so that blocks of tokens are large.
+# Blocks of tokens, in bfloat16, of rows, and of columns of codes, which are whole registers. Taking codes apart costs
+# about half of what the product of 1024 tokens does, so that blocks of tokens are large.
 _TOKENS = 1024
 _ROWS = 512
 _COLUMNS = 256
+_LANES = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,27 +64,29 @@ class PallasPieces(QuantizedPieces):
         return y[:tokens].reshape(*x.shape[:-1], y.shape[-1])
 
     def _over_columns(self, x, w, layout):
-        tokens, (rows, columns) = x.shape[0], w.codes.shape
+        (tokens, _), (rows, columns) = x.shape, w.codes.shape
         bt, br, bc = self._blocks(tokens, rows, columns)
-        return pl.pallas_call(
-            partial(_over_columns_kernel, layout=layout, dot=self._kernel_dot, columns=columns),
+        width = layout.numbers * bc
+        if layout.numbers > 1:
+            x = self._in_order(x, layout, bt, width)
+        return self._call(
+            partial(_over_columns_kernel, layout=layout, dot=self._kernel_dot, n=x.shape[1]),
             grid=(pl.cdiv(tokens, bt), pl.cdiv(rows, br), pl.cdiv(columns, bc)),
             in_specs=[
-                pl.BlockSpec((layout.parts, bt, bc), lambda t, r, c: (0, t, c)),
+                pl.BlockSpec((bt, width), lambda t, r, c: (t, c)),
                 pl.BlockSpec((br, bc), lambda t, r, c: (r, c)),
                 pl.BlockSpec((layout.scales_of(bc), br), lambda t, r, c: (c if layout.by_columns else 0, r)),
             ],
             out_specs=pl.BlockSpec((bt, br), lambda t, r, c: (t, r)),
             out_shape=_like(x, (tokens, rows), self._written),
             scratch_shapes=[pltpu.VMEM((bt, br), self.accumulate)],
-            name="quantized_dot_over_columns",
-            **self._options,
-        )(layout.split(x), w.codes, layout.scales(w, bc))
+        )(x, w.codes, layout.scales(w, bc))
 
     def _over_rows(self, dy, w, layout):
         tokens, (rows, columns) = dy.shape[0], w.codes.shape
         bt, br, bc = self._blocks(tokens, rows, columns)
-        dx = pl.pallas_call(
+        width = layout.numbers * bc
+        return self._call(
             partial(_over_rows_kernel, layout=layout, dot=self._kernel_dot, rows=rows),
             grid=(pl.cdiv(tokens, bt), pl.cdiv(columns, bc), pl.cdiv(rows, br)),
             in_specs=[
@@ -91,27 +94,41 @@ class PallasPieces(QuantizedPieces):
                 pl.BlockSpec((br, bc), lambda t, c, r: (r, c)),
                 pl.BlockSpec((layout.scales_of(bc), br), lambda t, c, r: (c if layout.by_columns else 0, r)),
             ],
-            out_specs=pl.BlockSpec((layout.parts, bt, bc), lambda t, c, r: (0, t, c)),
-            out_shape=_like(dy, (layout.parts, tokens, columns), self._written),
-            scratch_shapes=[pltpu.VMEM((layout.parts, bt, bc), self.accumulate)],
-            name="quantized_dot_over_rows",
-            **self._options,
+            out_specs=pl.BlockSpec((bt, width), lambda t, c, r: (t, c)),
+            out_shape=_like(dy, (tokens, layout.numbers * columns), self._written),
+            scratch_shapes=[pltpu.VMEM((bt, width), self.accumulate)],
         )(dy, w.codes, layout.scales(w, bc))
-        return layout.join(dx)
+
+    def _in_order(self, x, layout, bt: int, width: int):
+        """x in the order of `layout.values`, with zeros up to the end of the last block."""
+        (tokens, n), count = x.shape, pl.cdiv(x.shape[1], width)
+        return self._call(
+            partial(_in_order_kernel, layout=layout, n=n),
+            grid=(pl.cdiv(tokens, bt), count),
+            in_specs=[pl.BlockSpec((bt, width), lambda t, c: (t, c))],
+            out_specs=pl.BlockSpec((bt, width), lambda t, c: (t, c)),
+            out_shape=_like(x, (tokens, count * width), x.dtype),
+        )(x)
 
     def _blocks(self, tokens: int, rows: int, columns: int) -> tuple[int, int, int]:
         wide = max(1, jnp.dtype(self.compute).itemsize // 2)
-        return min(tokens, _TOKENS // wide), min(rows, _ROWS), min(columns, _COLUMNS)
+        return min(tokens, _TOKENS // wide), min(rows, _ROWS), min(pl.cdiv(columns, _LANES) * _LANES, _COLUMNS)
 
     @property
     def _written(self):
         """The dtype of y and of dx: wide enough for either to be cast from."""
         return jnp.promote_types(self.compute, self.out)
 
-    @property
-    def _options(self):
-        semantics = ("parallel", "parallel", "arbitrary")
-        return {"compiler_params": pltpu.CompilerParams(dimension_semantics=semantics), "interpret": self.interpret}
+    def _call(self, kernel, *, grid, **specs):
+        semantics = ("parallel", "parallel", "arbitrary")[: len(grid)]
+        return pl.pallas_call(
+            kernel,
+            grid=grid,
+            compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
+            interpret=self.interpret,
+            name="quantized_dot" + kernel.func.__name__.removesuffix("_kernel"),
+            **specs,
+        )
 
     def _kernel_dot(self, lhs, rhs, lhs_axis, rhs_axis):
         return _dot(self, lhs, rhs, lhs_axis, rhs_axis)
@@ -131,19 +148,11 @@ class InterpretedPieces(PallasPieces):
 class _Bytes:
     """Int8: one number a byte, and a scale for every row, which can wait until the product is done."""
 
-    parts: ClassVar[int] = 1  # numbers in a byte
+    numbers: ClassVar[int] = 1  # in a byte
     by_columns: ClassVar[bool] = False  # whether other columns have other scales
 
-    def split(self, x):
-        """[tokens, columns of R] as [parts, tokens, columns of codes]."""
-        return x[None]
-
-    def join(self, x):
-        """The inverse."""
-        return x[0]
-
     def scales_of(self, columns: int) -> int:
-        """How many scales a block of so many columns has."""
+        """How many scales a row of a block of so many columns has."""
         return 1
 
     def scales(self, w, columns: int) -> Float[Array, "scales rows"]:
@@ -151,12 +160,16 @@ class _Bytes:
         return w.scale[None]
 
     def values(self, codes, scales, column):
-        """The parts of a block, without what `scaled` puts in."""
-        return [codes.astype(jnp.float32)]
+        """A block of R, the `column`-th, without what `scaled` puts in."""
+        return codes.astype(jnp.float32)
 
     def scaled(self, v, scales):
         """A block [tokens, rows], times what is left of the scales."""
         return v.astype(jnp.float32) * scales
+
+    def in_order(self, x, back: bool = False):
+        """A block [tokens, columns of R] in the order of `values`, or back from there."""
+        return x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,14 +178,8 @@ class _Nibbles:
 
     block_size: int
     dtype: Any  # of W, to which it is rounded
-    parts: ClassVar[int] = 2
+    numbers: ClassVar[int] = 2
     by_columns: ClassVar[bool] = True
-
-    def split(self, x):
-        return jnp.stack([x[:, ::2], x[:, 1::2]])
-
-    def join(self, x):
-        return jnp.moveaxis(x, 0, -1).reshape(x.shape[1], -1)
 
     def scales_of(self, columns):
         half = self.block_size // 2
@@ -191,13 +198,30 @@ class _Nibbles:
         return m[np.minimum(which, m.shape[0] - 1)]
 
     def values(self, codes, scales, column):
-        codes = codes.astype(jnp.int32)
-        m = self._spread(scales, column, codes.shape[1])
-        high, low = (_tree([(codes & (bit << shift)) != 0 for bit in (1, 2, 4, 8)], CODE.tolist()) for shift in (4, 0))
-        return [(v * m).astype(self.dtype) for v in (high, low)]
+        codes, m = codes.astype(jnp.int32), self._spread(scales, column, codes.shape[1])
+        high, low = ((_entries(places) * m).astype(self.dtype) for places in (codes >> 4, codes & 15))
+        starts = range(0, codes.shape[1], _LANES)
+        return jnp.concatenate([v[:, i : i + _LANES] for i in starts for v in (high, low)], axis=1)
 
     def scaled(self, v, scales):
         return v
+
+    def in_order(self, x, back=False):
+        n = 2 * _LANES
+        row, column = (lax.broadcasted_iota(jnp.int32, (n, n), axis) for axis in (0, 1))
+        place = jnp.where(column < _LANES, 2 * column, 2 * (column - _LANES) + 1)
+        permutation = jnp.where(row == place, 1.0, 0.0).astype(x.dtype)
+        parts = [
+            lax.dot_general(
+                x[:, i : i + n],
+                permutation,
+                (((1,), (1 if back else 0,)), ((), ())),
+                precision=None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST,  # all bits of float32
+                preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+            ).astype(x.dtype)
+            for i in range(0, x.shape[1], n)
+        ]
+        return jnp.concatenate(parts, axis=1)
 
     def _spread(self, scales, column, columns: int) -> Float[Array, "rows columns"]:
         """Every magnitude to the columns that it belongs to."""
@@ -213,11 +237,15 @@ class _Nibbles:
         return lax.dot_general(thirds, belongs, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _tree(bits, entries: list[float]):
-    """The entry of a table of 2^k at the place that k masks give, the lowest bit first."""
-    pairs = zip(entries[::2], entries[1::2], strict=True)
-    level = [jnp.where(bits[0], high, low) for low, high in pairs]
-    return level[0] if len(level) == 1 else _tree(bits[1:], level)
+def _entries(places) -> Float[Array, "rows columns"]:
+    """`look_up(CODE, places)`, in registers."""
+    lane = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
+    table = jnp.zeros(lane.shape, jnp.float32)
+    for i, entry in enumerate(CODE.tolist()):
+        table = jnp.where(lane == i, entry, table)
+    table = jnp.broadcast_to(table, (places.shape[0], _LANES))
+    starts = range(0, places.shape[1], _LANES)
+    return jnp.concatenate([jnp.take_along_axis(table, places[:, i : i + _LANES], axis=1) for i in starts], axis=1)
 
 
 def _magnitudes(w: NF4) -> Float[Array, "rows blocks"]:
@@ -233,25 +261,28 @@ def _dynamic(places: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
     part k - 2^e, of the 2^e equal parts of [0.1, 1], times 10^(e - 6), with e the number of bits of k less 1."""
     signed = places.astype(jnp.int32) - 127
     k = jnp.abs(signed)
-    value = jnp.where(k == 128, 1.0, 0.0)
+    value = jnp.where(k == 128, 1.0, 0.0).astype(jnp.float32)
     for e in range(7):
-        within = (k - 2**e + 0.5).astype(jnp.float32) / 2**e
+        within = ((k - 2**e).astype(jnp.float32) + 0.5) / 2**e
         value = jnp.where(k >> e == 1, 10.0 ** (e - 6) * (0.1 + 0.9 * within), value)
-    return jnp.where(signed < 0, -value, value).astype(jnp.float32)
+    return jnp.where(signed < 0, -value, value)
 
 
 # ---- The kernels ----
 
 
-def _over_columns_kernel(x, codes, scales, y, total, *, layout, dot, columns):
+def _in_order_kernel(x, y, *, layout, n):
+    y[...] = layout.in_order(_inside(x[...], 1, pl.program_id(1), n))
+
+
+def _over_columns_kernel(x, codes, scales, y, total, *, layout, dot, n):
     k = pl.program_id(2)
 
     @pl.when(k == 0)
     def _():
         total[...] = jnp.zeros_like(total)
 
-    for part, values in enumerate(layout.values(codes[...], scales[...], k)):
-        total[...] += dot(_inside(x[part], 1, k, columns), values, 1, 1)
+    total[...] += dot(_inside(x[...], 1, k, n), layout.values(codes[...], scales[...], k), 1, 1)
 
     @pl.when(k == pl.num_programs(2) - 1)
     def _():
@@ -267,9 +298,8 @@ def _over_rows_kernel(dy, codes, scales, dx, total, *, layout, dot, rows):
 
     inside = _inside(scales[...], 1, k, rows)
     dy_block = layout.scaled(_inside(dy[...], 1, k, rows), inside)
-    for part, values in enumerate(layout.values(codes[...], inside, column)):
-        total[part] += dot(dy_block, values, 1, 0)
+    total[...] += dot(dy_block, layout.values(codes[...], inside, column), 1, 0)
 
     @pl.when(k == pl.num_programs(2) - 1)
     def _():
-        dx[...] = total[...].astype(dx.dtype)
+        dx[...] = layout.in_order(total[...].astype(dx.dtype), back=True)
