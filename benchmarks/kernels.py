@@ -1,7 +1,8 @@
-"""Many adapters on one linear, against the same linear without any.
+"""Many adapters on one linear, against the same linear without any; and a quantized linear, against a dense one.
 
     python benchmarks/kernels.py                              # some minutes on two cores
     python benchmarks/kernels.py --shape 4096x4096x16 --rounds 30 --forms decode
+    python benchmarks/kernels.py --forms quantized "quantized training"
 
 Three forms, in float32: "decode" is 64 rows with a slot each, "tiles" 1024 rows in tiles of 64 rows of one slot, and
 "training" the same with the gradient of x, A and B, against that of x through a frozen layer. 64 slots are filled, and
@@ -10,6 +11,9 @@ rows. All of one shape take turns, so that what disturbs the machine disturbs al
 
 "bytes" is what has to be read, of W and of the adapters that are named, over W: the ratio to expect of "decode" where
 memory is all that takes time.
+
+"quantized" is 64 rows times a weight in NF4 or Int8, and "quantized training" 1024 rows with the gradient of x. In XLA,
+whose program forms the matrix, what it adds is the same for any number of rows.
 """
 
 import argparse
@@ -27,11 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from step import measure, versions
 
-from jlora.kernels import Slots, lora_linear, multi_lora
+from jlora.kernels import Slots, lora_linear, multi_lora, quantized_dot
+from jlora.quant import NF4, Int8
+from jlora.weight import Axes
 
 SLOTS = 64
 ADAPTERS = (1, 4, 16, 64)
-FORMS = {"decode": (64,), "tiles": (16, 64), "training": (16, 64)}  # the leading axes of x
+QUANTIZED = {"quantized": (64,), "quantized training": (16, 64)}
+FORMS = {"decode": (64,), "tiles": (16, 64), "training": (16, 64), **QUANTIZED}  # the leading axes of x
+FORMATS = {"NF4": (NF4, {}), "NF4, double=False": (NF4, {"double": False}), "Int8": (Int8, {})}
 
 
 class Runner:
@@ -95,6 +103,28 @@ def runners(form: str, n_in: int, n_out: int, r: int, implementations: tuple[str
     return out
 
 
+def quantized_runners(form: str, n_in: int, n_out: int, implementations: tuple[str, ...]) -> tuple[dict, dict]:
+    """(name, 0) -> Runner, and -> the bytes of the weight over those of the dense one."""
+    lead, rng = FORMS[form], np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+    x, w, dy = array(*lead, n_in), array(n_in, n_out) / math.sqrt(n_in), array(*lead, n_out)
+
+    def of(f, w, **kwargs):
+        if form == "quantized training":
+            return Runner(with_gradient(lambda x, _, w: f(x, w)), dy, x, (), w, **kwargs)
+        return Runner(f, x, w, **kwargs)
+
+    base = of(lambda x, w: x @ w, w)
+    out, share = {("base alone", 0): base}, {("base alone", 0): 1.0}
+    for format, (to, options) in FORMATS.items():
+        stored = jax.jit(lambda w: to.of(w, Axes((0,), (1,)), **options))(w)  # noqa: B023
+        for implementation in implementations:
+            name = f"{format}, {implementation}", 0
+            f = lambda x, w: quantized_dot(x, w, implementation=implementation)  # noqa: B023
+            out[name], share[name] = of(f, stored, calls=base.calls), stored.nbytes / w.nbytes
+    return out, share
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = lambda text: tuple(map(int, text.split("x")))
@@ -112,22 +142,33 @@ def main() -> None:
     for column in ("CPU min", "median", "wall min", "median", "bytes"):
         table.add_column(column, justify="right")
     for form in args.forms:
-        for n_in, n_out, r in shapes:
-            group = runners(form, n_in, n_out, r, implementations)
+        sizes = dict.fromkeys((*shape[:2], 0) for shape in shapes) if form in QUANTIZED else shapes
+        for n_in, n_out, r in sizes:
+            if form in QUANTIZED:
+                group, share = quantized_runners(form, n_in, n_out, implementations)
+            else:
+                group = runners(form, n_in, n_out, r, implementations)
+                share = {key: 1 + key[1] * r * (n_in + n_out) / (n_in * n_out) for key in group}
             times = measure(group, args.rounds)
             base = times["base alone", 0]
             figures = lambda t: [f(t[clock]) for clock in ("cpu", "wall") for f in (min, statistics.median)]
             for (name, count), t in times.items():
                 ratios = [f"{ours / theirs:.3f}" for ours, theirs in zip(figures(t), figures(base), strict=True)]
-                if not count:
+                if name == "base alone":
                     ratios = [f"{1e3 * v / group[name, count].calls:.2f} ms" for v in figures(t)]
-                larger = f"{1 + count * r * (n_in + n_out) / (n_in * n_out):.3f}"
-                table.add_row(form, f"{n_in} x {n_out}, {r}", name, str(count), *ratios, larger)
+                table.add_row(
+                    form,
+                    f"{n_in} x {n_out}" + f", {r}" * (r > 0),
+                    name,
+                    str(count),
+                    *ratios,
+                    f"{share[name, count]:.3f}",
+                )
             table.add_section()
     if not on_tpu:
-        for kernel in ("lora_linear, pallas", "multi_lora, pallas"):
+        for kernel in ("lora_linear, pallas", "multi_lora, pallas", "quantized_dot, pallas"):
             table.add_row("all", "", kernel, "", "TPU only", "", "", "", "")
-    console = Console(width=130)
+    console = Console(width=140)
     console.print(
         f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].platform}; {versions('jax', 'jaxlib')}",
         highlight=False,
