@@ -20,7 +20,7 @@ from jlora.train import recipes
 OPTIONS = (
     "--model smollm2 --quantize nf4 --data {0} --eval-data {1} --prompt-column question --completion-column answer "
     "--chat-template auto --rank 64 --alpha 16 --dropout 0.05 --learning-rate 2e-4 --schedule constant --clip-norm 0.3 "
-    "--steps 8 --batch-size 2 --max-length 256 --eval-every 0 --eval-batch-size 8 --eval-limit 8 --no-generate "
+    "--steps 30 --batch-size 4 --max-length 256 --eval-every 0 --eval-batch-size 8 --eval-limit 16 --no-generate "
     "--checkpoint-every 0"
 ).split()
 
