@@ -1,5 +1,6 @@
 """Fused operations of low-rank adaptation: an XLA reference each, hand-written gradients, and Pallas kernels."""
 
+from jlora.kernels.column_norm import column_norm as column_norm
 from jlora.kernels.lora_linear import lora_linear as lora_linear
 from jlora.kernels.multi_lora import Groups as Groups
 from jlora.kernels.multi_lora import Slots as Slots
