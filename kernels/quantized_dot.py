@@ -160,7 +160,8 @@ def _fwd(pieces, axis, x_type, x, w):
 
 
 def _bwd(pieces, axis, x_type, w, dy):
-    # Where forward and backward pass are one program, XLA would find the matrix of the former and keep it for this.
+    # Where forward and backward pass are one program, XLA would find the matrix of the former and keep it for this. Of
+    # six layers [4096, 4096] in NF4, compiled for TPU, that makes 392 MB at the peak in the place of 201.
     w, dy = lax.optimization_barrier((w, dy.astype(pieces.compute)))
     return pieces.multiply(dy, w, 1 - axis, like=x_type).astype(x_type.dtype), None
 

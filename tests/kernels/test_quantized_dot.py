@@ -31,10 +31,10 @@ FORMATS = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks small enough that the shapes below need several, and hang over the edge. Columns are whole registers."""
+    """Blocks small enough that the shapes below need several, and hang over the edge. Codes are whole registers."""
     monkeypatch.setattr(quantized_dot_tpu, "_TOKENS", 16)
     monkeypatch.setattr(quantized_dot_tpu, "_ROWS", 16)
-    monkeypatch.setattr(quantized_dot_tpu, "_COLUMNS", 128)
+    monkeypatch.setattr(quantized_dot_tpu, "_COLUMNS", 256)
 
 
 @functools.cache
@@ -256,12 +256,16 @@ def test_shard_map_over_the_weight(implementation, format, devices):
     assert_close(jax.jit(products)(*args), in_float64(*args))
 
 
-def test_partitioned_by_the_compiler(devices):
-    x, w, dy = operands(lead=(8, 3))
-    mesh = Mesh(np.reshape(devices, (2, 4)), ("d", "m"), axis_types=(AxisType.Auto,) * 2)
-    put = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))
-    got = jax.jit(both_products)(put(x, "d", None, "m"), put(w), put(dy, "d", None, "m"))
-    assert_close(got, in_float64(x, w, dy))
+@pytest.mark.parametrize("mode", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("format", ["NF4", "Int8"])
+def test_partitioned_by_the_compiler(format, mode, devices):
+    x, w, dy = operands(format, lead=(8, 3))
+    mesh = Mesh(np.reshape(devices, (2, 4)), ("d", "m"), axis_types=(mode,) * 2)
+    with jax.set_mesh(mesh):
+        put = lambda v, *spec: jax.device_put(v, NamedSharding(mesh, P(*spec)))
+        y, dx = jax.jit(both_products)(put(x, "d"), put(w), put(dy, "d"))
+        assert dx.sharding.spec[:1] == ("d",) == y.sharding.spec[:1]
+    assert_close((y, dx), in_float64(x, w, dy))
 
 
 # ---- What it costs ----
