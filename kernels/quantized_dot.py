@@ -112,14 +112,11 @@ def _check(x, w, transposed: bool) -> None:
             "weight. A weight that is cut up by shard_map is quantized with double=False."
         )
     n_in, n_out = _matrix_shape(w)
-    contracted = n_out if transposed else n_in
-    if x.ndim < 1 or x.shape[-1] != contracted:
-        want = f"want x [..., {contracted}]"
-        other = "" if n_in == n_out or x.shape[-1:] != ((n_in if transposed else n_out),) else (
-            f" For the product with the {'matrix itself' if transposed else 'transpose'}, pass "
-            f"transposed={not transposed}."
-        )  # fmt: skip
-        raise ValueError(f"got x {x.shape} and w [{n_in}, {n_out}], transposed={transposed}; {want}.{other}")
+    wanted, other = (n_out, n_in) if transposed else (n_in, n_out)
+    if x.ndim < 1 or x.shape[-1] != wanted:
+        got = f"got x {x.shape} and w [{n_in}, {n_out}] with transposed={transposed}"
+        hint = f" The other product has transposed={not transposed}." if x.shape[-1:] == (other,) else ""
+        raise ValueError(f"{got}; want x [..., {wanted}].{hint}")
 
 
 def _pieces_class(implementation: str | None, compute, w) -> type[QuantizedPieces]:

@@ -323,7 +323,7 @@ def test_the_kernels_lower_for_tpu(format, dtype, monkeypatch):
 def test_shapes_that_do_not_fit():
     x, w, dy = operands()
     with pytest.raises(
-        ValueError, match=r"got x \(3, 5, 40\) and w \[384, 40\].*want x \[\.\.\., 384\].*transposed=True"
+        ValueError, match=r"got x \(3, 5, 40\) and w \[384, 40\].*; want x \[\.\.\., 384\].*transposed=True"
     ):
         quantized_dot(dy, w)
     with pytest.raises(ValueError, match=r"got x \(3, 5, 384\).*want x \[\.\.\., 40\].*transposed=False"):
