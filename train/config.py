@@ -188,6 +188,12 @@ class TrainOptions:
     """Passes per optimizer step; the loss is the token mean over all of them."""
     seed: int = 0
     """Seed of the adapters' initial values, of the order of the data and of dropout."""
+    rank_schedule: Literal["none", "adalora", "increlora", "triadapt", "diffora", "squeeze"] = "none"
+    """Ranks that change while training, as the matrices need them: of adalora adapters they fall to a budget
+    (`adalora`), grow to one (`increlora`), or go to some matrices (`diffora`); of triadapt_lora they grow (`triadapt`),
+    of lora they fall in stages (`squeeze`)."""
+    rank_schedule_options: NamedValues = ()
+    """Further options of `--rank-schedule`, for example `target_rank=4 every=10` of adalora."""
 
 
 @dataclasses.dataclass(frozen=True)

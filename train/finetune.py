@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jaxtyping import PyTree
 
 import jlora
 from jlora.io import save_peft
-from jlora.train import data, distributed, loading, models, starts, tasks
+from jlora.train import data, distributed, loading, models, ranks, starts, tasks
 from jlora.train import mesh as meshes
 from jlora.train.checkpoint import Checkpoints
 from jlora.train.config import (
@@ -62,17 +61,16 @@ class Job:
     reporter: Reporter
     signals: StopSignals
 
-    def evaluate(self, trainable: PyTree) -> Measured:
+    def evaluate(self, adapted: jlora.Adapted) -> Measured:
         """Held-out figures."""
-        adapted, batch_size = self.adapted.replace(trainable=trainable), self.config.eval.eval_batch_size
+        batch_size = self.config.eval.eval_batch_size
         return self.task.evaluate(self.eval_step, adapted, self.held_out, batch_size, self.signals.poll)
 
-    def measure(self, trainable: PyTree, measured: Measured | None = None) -> Measured:
+    def measure(self, adapted: jlora.Adapted, measured: Measured | None = None) -> Measured:
         """These and what takes longer, with the model's answers; `measured` is what `evaluate` gave already."""
-        measured = self.evaluate(trainable) if measured is None else measured
-        params = self.adapted.replace(trainable=trainable).bind()
+        measured = self.evaluate(adapted) if measured is None else measured
         return self.task.complete(
-            measured, self.apply, params, self.model, self.held_out, self.config.eval, self.signals.poll
+            measured, self.apply, adapted.bind(), self.model, self.held_out, self.config.eval, self.signals.poll
         )
 
 
@@ -253,8 +251,8 @@ def _restore_or_start(job: Job, checkpoints: Checkpoints, run: RunDirectory) -> 
 
 def _measure_before(job: Job, run: RunDirectory) -> dict[str, Any]:
     # With a fresh adapter the model is still the base, and the functions compiled here serve again after training.
-    first = job.evaluate(job.adapted.trainable)
-    measured = job.measure(job.adapted.trainable, first)
+    first = job.evaluate(job.adapted)
+    measured = job.measure(job.adapted, first)
     results = {"before": measured.figures, "texts_before": measured.answers}
     run.append_metrics({"step": 0, **first.figures})
     write_json(run.results, results)
@@ -266,8 +264,8 @@ def _train(job: Job, run: RunDirectory, checkpoints: Checkpoints, state: TrainSt
     config = job.config
     last: dict[str, Measured] = {}
 
-    def evaluate(trainable: PyTree) -> dict[str, Any]:
-        last["measured"] = job.evaluate(trainable)
+    def evaluate(state: TrainState) -> dict[str, Any]:
+        last["measured"] = job.evaluate(state.adapted(job.adapted))
         return last["measured"].figures
 
     steps = config.train.steps
@@ -276,7 +274,9 @@ def _train(job: Job, run: RunDirectory, checkpoints: Checkpoints, state: TrainSt
     shardings = places and (places["trainable"], places["opt_state"])
     loop = Loop(
         fixed=job.adapted.replace(trainable={}),
-        train_step=make_train_step(job.apply, loading.run_optimizer(config), job.task.loss, shardings),
+        train_step=make_train_step(
+            job.apply, loading.run_optimizer(config), job.task.loss, shardings, loading.run_ranks(config)
+        ),
         task=job.task,
         evaluate=evaluate,
         schedule=schedule,
@@ -300,12 +300,12 @@ def _finish(
 ) -> None:
     """Adapter, figures after, samples, plot and README."""
     say, config = job.reporter.say, job.config
-    adapted = job.adapted.replace(trainable=state.trainable)
+    adapted = state.adapted(job.adapted)
     try:
         export_adapter(adapted, run.adapter, job.model.name, job.task, overwrite=True)
     except ValueError as error:  # not everything that can be trained has a place in PEFT's files
         say(f"not written in PEFT format: {error}")
-    measured = job.measure(state.trainable, measured)
+    measured = job.measure(adapted, measured)
     before = results.pop("texts_before")
     results["after"] = measured.figures
     results["samples"] = job.task.samples(job.held_out, before, measured.answers, config.eval.samples)
@@ -317,6 +317,8 @@ def _finish(
     say()
     say(f"before: {figures_line(results['before'])}")
     say(f"after:  {figures_line(results['after'])}")
+    if config.train.rank_schedule != "none":
+        say(ranks.describe(adapted))
     for sample in results["samples"]:
         say()
         say(f"prompt: {one_line(sample['prompt'])}")

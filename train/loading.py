@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 import jlora
 from jlora.io import load_peft
 from jlora.methods import METHODS, Full, Method
-from jlora.train import chat, data, distributed, models, starts
+from jlora.train import chat, data, distributed, models, ranks, starts
 from jlora.train import mesh as meshes
 from jlora.train.checkpoint import Checkpoints, fingerprint
 from jlora.train.config import (
@@ -239,11 +239,16 @@ def prompt_ids(text: str, model: models.LoadedModel) -> list[int]:
 def initial_state(config: FinetuneConfig, adapted: "jlora.Adapted", places: PyTree = None) -> TrainState:
     """Step 0, on the devices that `places` names. The key is apart from the one that initialized the adapter."""
     key, init = jax.random.fold_in(jax.random.key(config.train.seed), 1), run_optimizer(config).init
+    schedule = run_ranks(config)
+    begin = lambda adapted: (adapted.trainable, init(adapted.trainable))
+    if schedule is not None:
+        begin = lambda adapted: schedule.begin(adapted, init)
     with user_errors():
         if places is None:
-            return TrainState(0, adapted.trainable, init(adapted.trainable), key)
-        trainable = distributed.place(adapted.trainable, places["trainable"])
-        opt_state = jax.jit(init, out_shardings=places["opt_state"])(trainable)
+            return TrainState(0, *begin(adapted), key)
+        adapted = adapted.replace(trainable=distributed.place(adapted.trainable, places["trainable"]))
+        there = places["trainable"], places["opt_state"]
+        trainable, opt_state = jax.jit(begin, out_shardings=there)(adapted)
         key = distributed.place(jax.random.key_data(key), places["key"])
         return TrainState.from_arrays(0, {"trainable": trainable, "opt_state": opt_state, "key": key})
 
@@ -252,14 +257,22 @@ def run_optimizer(config: FinetuneConfig) -> optax.GradientTransformation:
     return make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, config.train.steps))
 
 
+def run_ranks(config: FinetuneConfig) -> ranks.Schedule | None:
+    return ranks.make(config.train, config.method.method)
+
+
 def places(config: FinetuneConfig, adapted: "jlora.Adapted", mesh: Mesh | None) -> PyTree:
     """Where on a mesh the arrays of a run's state go: trainable parameters as their weights, the optimizer's state as
-    these, and the key whole. None without a mesh."""
+    these, and the key, and what a schedule of ranks holds, whole. None without a mesh."""
     if mesh is None:
         return None
     trainable = jlora.shard.specs(adapted).trainable
     opt_state = jlora.shard.of_state(run_optimizer(config), adapted.trainable, trainable)
-    return {"trainable": trainable, "opt_state": opt_state, "key": NamedSharding(mesh, PartitionSpec())}
+    whole, schedule = NamedSharding(mesh, PartitionSpec()), run_ranks(config)
+    if schedule is not None:
+        _, shapes = jax.eval_shape(lambda: schedule.begin(adapted, run_optimizer(config).init))
+        opt_state = jax.tree.map(lambda _: whole, shapes)._replace(optimizer=opt_state)
+    return {"trainable": trainable, "opt_state": opt_state, "key": whole}
 
 
 def abstract_arrays(config: FinetuneConfig, adapted: "jlora.Adapted", places: PyTree = None) -> PyTree:
@@ -355,4 +368,4 @@ def load_checkpoint(
         checkpoints.close()
     if restored is None:
         raise UserError(f"{run.path} has no checkpoints yet")
-    return adapted.replace(trainable=restored.state["trainable"]), restored.step
+    return TrainState.from_arrays(restored.step, restored.state).adapted(adapted), restored.step

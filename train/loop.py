@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jaxtyping import PyTree
 
-from jlora.train import distributed
+from jlora.train import distributed, ranks
 from jlora.train.call import Call
 from jlora.train.checkpoint import Checkpoints
 from jlora.train.config import RunError
@@ -38,6 +38,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     loss: Callable = next_token_loss,
     shardings: tuple[PyTree, PyTree] | None = None,
+    schedule: ranks.Schedule | None = None,
 ) -> Callable:
     """The compiled step: (trainable, opt_state, fixed, batch, key, step) -> (trainable, opt_state, metrics).
 
@@ -45,7 +46,7 @@ def make_train_step(
     `loss(call, batch, key)` gives the summed loss of a pass and what to divide it by, such as the scored tokens; `call`
     is the model with its parameters bound. The loss of a step is the quotient of the sums over all passes, hence the
     same as that of one pass over k * b rows. `shardings` are those of trainable and opt_state, where they lie on a
-    mesh: they stay there.
+    mesh: they stay there. With a `schedule` of ranks the opt_state is its `Ranked`.
     """
 
     def summed_loss(trainable, fixed, batch, key):
@@ -55,7 +56,7 @@ def make_train_step(
     value_and_grad = jax.value_and_grad(summed_loss, has_aux=True)
 
     def step_fn(trainable, opt_state, fixed, batch, key, step):
-        passes = batch["mask"].shape[0]
+        passes, fixed = batch["mask"].shape[0], ranks.present(fixed, opt_state)
         keys = jax.random.split(jax.random.fold_in(key, step), passes)
 
         def one_pass(sums, part):
@@ -71,8 +72,14 @@ def make_train_step(
         count = jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
         metrics = {"loss": nll / count, "grad_norm": optax.tree.norm(grads)}
-        updates, opt_state = optimizer.update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, metrics
+        if schedule is None:
+            updates, opt_state = optimizer.update(grads, opt_state, trainable)
+            return optax.apply_updates(trainable, updates), opt_state, metrics
+        grads = schedule.penalty(grads, fixed.replace(trainable=trainable))
+        updates, optimizer_state = optimizer.update(grads, opt_state.optimizer, trainable)
+        adapted = fixed.replace(trainable=optax.apply_updates(trainable, updates))
+        allocator_state, adapted = schedule.allocator.update(opt_state.allocator, adapted, grads, step - 1)
+        return adapted.trainable, ranks.Ranked(optimizer_state, allocator_state, adapted.frozen), metrics
 
     out_shardings = None if shardings is None else (*shardings, None)
     return jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out_shardings)
@@ -138,6 +145,10 @@ class TrainState:
         """The part of it that a checkpoint stores as arrays."""
         return {"trainable": self.trainable, "opt_state": self.opt_state, "key": jax.random.key_data(self.key)}
 
+    def adapted(self, start: PyTree) -> PyTree:
+        """The adapters as they are now; `start` is the Adapted that training started from."""
+        return ranks.present(start.replace(trainable=self.trainable), self.opt_state)
+
     @classmethod
     def from_arrays(cls, step: int, arrays: dict[str, PyTree]) -> "TrainState":
         return cls(step, arrays["trainable"], arrays["opt_state"], jax.random.wrap_key_data(arrays["key"]))
@@ -154,7 +165,7 @@ class Loop:
     fixed: PyTree  # Adapted with an empty trainable part
     train_step: Callable
     task: Any  # of jlora.train.tasks
-    evaluate: Callable[[PyTree], dict[str, Any]]  # trainable -> held-out figures; polls `signals`
+    evaluate: Callable[[TrainState], dict[str, Any]]  # held-out figures; polls `signals`
     schedule: optax.Schedule
     batches: Iterator[dict[str, np.ndarray]]  # of data.batches
     accumulation: int
@@ -248,7 +259,7 @@ class Loop:
 
     def _evaluate(self, state: TrainState) -> float | None:
         try:
-            figures = self.evaluate(state.trainable)
+            figures = self.evaluate(state)
         except StopRequested:
             return None
         self.run.append_metrics({"step": state.step, **figures})
