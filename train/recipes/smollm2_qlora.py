@@ -8,9 +8,11 @@ learning rate 2e-4 after a warm-up, gradients clipped at norm 0.3. Add --bf16 wh
 files are those of https://github.com/openai/grade-school-math (MIT), and may be gzipped; for others say
 --prompt-column and --completion-column, or give conversations.
 
-The 8 steps of 2 rows are there to show that it runs; no figure was measured. As the start of a real run take, say,
-`--steps 2000 --batch-size 16 --max-length 512 --eval-limit 200`. The recipe smollm2_gsm8k says what 30 steps do without
-quantization, at a higher learning rate.
+30 steps of 4 rows, 19.5 M trained parameters beside 134.5 M, one seed: on the first 16 questions of the test file
+perplexity of the answers goes from 5.84 to 3.22, in 400 seconds of CPU time, for which steps and length are few. As the
+start of a real run take, say, `--steps 2000 --batch-size 16 --max-length 512 --eval-limit 200`, which was not measured.
+Without quantization the base is at 4.45 on the same tokens: of so small a model NF4 takes something. The recipe
+smollm2_gsm8k says what 30 steps do to that one, at a higher learning rate.
 """
 
 import sys
