@@ -175,10 +175,11 @@ def show_memory(rank: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="state", choices=("state", "time", "memory"))
-    parser.add_argument("--rank", type=int, default=1024)
+    parser.add_argument("--rank", type=int, help="(default: 1024 for state, 128 for the others, whose model is small)")
     parser.add_argument("--dtype", default="bfloat16", help="of the weights, for state")
     parser.add_argument("--rounds", type=int, default=5, help="for time")
     args = parser.parse_args()
+    args.rank = args.rank or (1024 if args.what == "state" else 128)
     if args.what == "state":
         show_state(args.rank, args.dtype)
     elif args.what == "time":
