@@ -56,6 +56,8 @@ class Job:
     held_out: Any
     identity: dict[str, Any]
     """Of the data, by which a resumed run knows them."""
+    places: Any
+    """Where on a mesh the arrays of the run's state go; None without one."""
     apply: Callable
     eval_step: Callable
     reporter: Reporter
@@ -155,7 +157,8 @@ def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = Non
     apply = jlora.lift(model.module.apply)
     step = task.make_eval_step(apply)
     distributed.check_same("options", _shared_options(config))  # those that data and model decided
-    return Job(config, task, model, adapted, train, held_out, identity, apply, step, reporter, StopSignals())
+    places = loading.places(config, adapted, mesh)
+    return Job(config, task, model, adapted, train, held_out, identity, places, apply, step, reporter, StopSignals())
 
 
 def describe(job: Job, command: str) -> dict[str, Any]:
@@ -234,10 +237,9 @@ def _run(job: Job, run: RunDirectory, saved: dict[str, Any]) -> int:
 def _restore_or_start(job: Job, checkpoints: Checkpoints, run: RunDirectory) -> tuple[TrainState, Any]:
     """The newest readable checkpoint, or step 0; and the stream of batches in the same place."""
     stream = data.batches(job.train, job.config.train.batch_size, job.config.train.seed)
-    places = loading.places(job.config, job.adapted, job.task.mesh)
-    restored = checkpoints.restore(loading.abstract_arrays(job.config, job.adapted, places))
+    restored = checkpoints.restore(loading.abstract_arrays(job.config, job.adapted, job.places))
     if restored is None:
-        state = loading.initial_state(job.config, job.adapted, places)
+        state = loading.initial_state(job.config, job.adapted, job.places)
     else:
         for problem in restored.skipped:
             job.reporter.say(f"{problem}; falling back to the one before")
@@ -270,8 +272,7 @@ def _train(job: Job, run: RunDirectory, checkpoints: Checkpoints, state: TrainSt
 
     steps = config.train.steps
     schedule = learning_rate_schedule(config.optimizer, steps)
-    places = loading.places(config, job.adapted, job.task.mesh)
-    shardings = places and (places["trainable"], places["opt_state"])
+    shardings = job.places and (job.places["trainable"], job.places["opt_state"])
     loop = Loop(
         fixed=job.adapted.replace(trainable={}),
         train_step=make_train_step(

@@ -259,7 +259,7 @@ def _working_memory(job: Job, arrays: dict[str, Any]) -> int | None:
     config = job.config
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     step = make_train_step(
-        job.apply, make_optimizer(config.optimizer, schedule), job.task.loss, schedule=loading.run_ranks(config)
+        job.apply, make_optimizer(config.optimizer, schedule), job.task.loss, rank_schedule=loading.run_ranks(config)
     )
     batch = job.task.trim(next(data.batches(job.train, config.train.batch_size, config.train.seed)))
     batch = {k: jax.ShapeDtypeStruct((config.train.accumulation, *v.shape), v.dtype) for k, v in batch.items()}

@@ -38,7 +38,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     loss: Callable = next_token_loss,
     shardings: tuple[PyTree, PyTree] | None = None,
-    schedule: ranks.Schedule | None = None,
+    rank_schedule: ranks.Schedule | None = None,
 ) -> Callable:
     """The compiled step: (trainable, opt_state, fixed, batch, key, step) -> (trainable, opt_state, metrics).
 
@@ -46,7 +46,7 @@ def make_train_step(
     `loss(call, batch, key)` gives the summed loss of a pass and what to divide it by, such as the scored tokens; `call`
     is the model with its parameters bound. The loss of a step is the quotient of the sums over all passes, hence the
     same as that of one pass over k * b rows. `shardings` are those of trainable and opt_state, where they lie on a
-    mesh: they stay there. With a `schedule` of ranks the opt_state is its `Ranked`.
+    mesh: they stay there. With a `rank_schedule` the opt_state is its `Ranked`.
     """
 
     def summed_loss(trainable, fixed, batch, key):
@@ -72,14 +72,11 @@ def make_train_step(
         count = jnp.maximum(tokens, 1.0)
         grads = jax.tree.map(lambda g: (g / count).astype(g.dtype), grads)
         metrics = {"loss": nll / count, "grad_norm": optax.tree.norm(grads)}
-        if schedule is None:
-            updates, opt_state = optimizer.update(grads, opt_state, trainable)
-            return optax.apply_updates(trainable, updates), opt_state, metrics
-        grads = schedule.penalty(grads, fixed.replace(trainable=trainable))
-        updates, optimizer_state = optimizer.update(grads, opt_state.optimizer, trainable)
-        adapted = fixed.replace(trainable=optax.apply_updates(trainable, updates))
-        allocator_state, adapted = schedule.allocator.update(opt_state.allocator, adapted, grads, step - 1)
-        return adapted.trainable, ranks.Ranked(optimizer_state, allocator_state, adapted.frozen), metrics
+        if rank_schedule is not None:
+            adapted = fixed.replace(trainable=trainable)
+            return *rank_schedule.update(optimizer, grads, opt_state, adapted, step - 1), metrics
+        updates, opt_state = optimizer.update(grads, opt_state, trainable)
+        return optax.apply_updates(trainable, updates), opt_state, metrics
 
     out_shardings = None if shardings is None else (*shardings, None)
     return jax.jit(step_fn, donate_argnums=(0, 1), out_shardings=out_shardings)

@@ -8,11 +8,12 @@ holds the ranks that are in use.
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import PyTree
 
 import jlora
@@ -70,12 +71,17 @@ class Schedule(NamedTuple):
         mine = jax.tree.map(jnp.copy, (state, adapted.frozen))
         return adapted.trainable, Ranked(init(adapted.trainable), *mine)
 
-    def penalty(self, grads: PyTree, adapted: "jlora.Adapted") -> PyTree:
-        """The gradients with that of the penalty."""
-        if not self.orthogonality:
-            return grads
-        loss = lambda trainable: self.orthogonality * rank.orthogonality(adapted.replace(trainable=trainable))
-        return jax.tree.map(jnp.add, grads, jax.grad(loss)(adapted.trainable))
+    def update(
+        self, optimizer: optax.GradientTransformation, grads: PyTree, state: Ranked, adapted: "jlora.Adapted", step: Any
+    ) -> tuple[PyTree, Ranked]:
+        """The optimizer's step, with the penalty in its gradients, and then the allocator's; `step` counts from 0."""
+        if self.orthogonality:
+            penalty = lambda trainable: self.orthogonality * rank.orthogonality(adapted.replace(trainable=trainable))
+            grads = jax.tree.map(jnp.add, grads, jax.grad(penalty)(adapted.trainable))
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, adapted.trainable)
+        adapted = adapted.replace(trainable=optax.apply_updates(adapted.trainable, updates))
+        allocator_state, adapted = self.allocator.update(state.allocator, adapted, grads, step)
+        return adapted.trainable, Ranked(optimizer_state, allocator_state, adapted.frozen)
 
 
 def present(adapted: "jlora.Adapted", opt_state: PyTree) -> "jlora.Adapted":

@@ -63,7 +63,7 @@ def test_one_program_serves(name):
     options = TrainOptions(steps=12, rank_schedule=name, rank_schedule_options=options)
     schedule = ranks.make(options, kind.method)
     assert schedule.orthogonality == kind.orthogonality
-    step = make_train_step(jlora.lift(model), optimizer, schedule=schedule)
+    step = make_train_step(jlora.lift(model), optimizer, rank_schedule=schedule)
     trainable, state = schedule.begin(adapted.replace(trainable=trainable), optimizer.init)
     fixed, batch, losses = adapted.replace(trainable={}), batch_of(1, 4), []
     for number in range(1, 13):
@@ -86,7 +86,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
     for weight in (0, 0.5):
         options = ("target_rank=2", f"orthogonality={weight}", "warmup_steps=8", "final_steps=2")
         schedule = ranks.make(TrainOptions(steps=12, rank_schedule="adalora", rank_schedule_options=options), "adalora")
-        step = make_train_step(jlora.lift(model), optimizer, schedule=schedule)
+        step = make_train_step(jlora.lift(model), optimizer, rank_schedule=schedule)
         _, state = schedule.begin(adapted.replace(trainable=copied()), optimizer.init)
         moved[weight], _, own = step(copied(), state, fixed, *rest)
         assert own["loss"] == metrics["loss"]
