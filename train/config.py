@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import types
 import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -515,6 +516,14 @@ def literal_options(flag: str, options: tuple[str, ...]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             values[name] = value
     return values
+
+
+def check_options(owner: str, given: Iterable[str], known: Sequence[str], flag: str = "") -> None:
+    """Refuse names of options that their owner does not have."""
+    for name in given:
+        if name not in known:
+            of = f" for {flag}" if flag else ""
+            raise UserError(f"{owner} has no option {name!r}{of}: it has {', '.join(known) or 'none'}")
 
 
 def to_dict(config: Any) -> Any:

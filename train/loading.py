@@ -26,6 +26,7 @@ from jlora.train.config import (
     MethodOptions,
     SourceOptions,
     UserError,
+    check_options,
     from_dict,
     literal_options,
 )
@@ -106,11 +107,9 @@ def build_method(options: MethodOptions) -> Method:
     if start is not None:
         given["start"] = start
     known = [field.name for field in dataclasses.fields(cls)]
-    for name in given:
-        if name not in known and name == "start":
-            raise UserError(f"--init {options.init} is for lora, dora and their like; {options.method} has none")
-        if name not in known:
-            raise UserError(f"method {options.method!r} has no option {name!r}: it has {', '.join(known) or 'none'}")
+    if "start" in given and "start" not in known:
+        raise UserError(f"--init {options.init} is for lora, dora and their like; {options.method} has none")
+    check_options(f"method {options.method!r}", given, known)
     try:
         return cls(**given)
     except (ValueError, TypeError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 import optax
 
 from jlora import optim
-from jlora.train.config import OptimizerOptions, UserError, literal_options
+from jlora.train.config import OptimizerOptions, UserError, check_options, literal_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +76,7 @@ def make_optimizer(options: OptimizerOptions, rate: optax.ScalarOrSchedule) -> o
     known = list(inspect.signature(kind.make).parameters)[1:]
     own = [name for name in known if name not in (*common, "options")]
     given = literal_options("--optimizer-options", options.optimizer_options)
-    for name in given:
-        if name not in own:
-            raise UserError(
-                f"--optimizer {options.optimizer} has no option {name!r} for --optimizer-options: "
-                f"it has {', '.join(own) or 'none'}"
-            )
+    check_options(f"--optimizer {options.optimizer}", given, own, "--optimizer-options")
     if options.state_bits == 8 and not (kind.around_adamw or kind.make is optax.adamw):
         able = ", ".join(name for name, other in OPTIMIZERS.items() if other.around_adamw)
         raise UserError(

@@ -20,7 +20,7 @@ import jlora
 from jlora import rank
 from jlora.rank import Allocator
 from jlora.train import distributed
-from jlora.train.config import TrainOptions, UserError, literal_options
+from jlora.train.config import TrainOptions, UserError, check_options, literal_options
 from jlora.weight import Params
 
 
@@ -102,9 +102,7 @@ def make(options: TrainOptions, method: str) -> Schedule | None:
     given = literal_options(flag, options.rank_schedule_options)
     known = [parameter for parameter in inspect.signature(kind.make).parameters if parameter != "key"]
     known += [_WEIGHT] if kind.orthogonality else []
-    for option in given:
-        if option not in known:
-            raise UserError(f"--rank-schedule {name} has no option {option!r} for {flag}: it has {', '.join(known)}")
+    check_options(f"--rank-schedule {name}", given, known, flag)
     weight = given.pop(_WEIGHT, kind.orthogonality)
     if not isinstance(weight, int | float) or weight < 0:
         raise UserError(f"{flag} {_WEIGHT} is a weight of 0 or above, got {weight!r}")

@@ -23,7 +23,7 @@ from jlora.lift import LeafUsage
 from jlora.methods import LoRA, Method, Site
 from jlora.train import data, distributed
 from jlora.train.call import Call
-from jlora.train.config import MethodOptions, UserError, literal_options
+from jlora.train.config import MethodOptions, UserError, check_options, literal_options
 from jlora.train.run import write_file
 
 
@@ -38,9 +38,7 @@ def make_start(options: MethodOptions) -> Any:
     cls = init.STARTS[options.init]
     given = literal_options("--init-options", options.init_options)
     known = [field.name for field in dataclasses.fields(cls) if field.init]
-    for name in given:
-        if name not in known:
-            raise UserError(f"--init {options.init} has no option {name!r}: it has {', '.join(known) or 'none'}")
+    check_options(f"--init {options.init}", given, known)
     if options.init == "lora_sb" and "learning_rate" not in given:
         raise UserError(
             "--init lora_sb starts at the first update: say its size, --init-options learning_rate=1e-4 (the rate of "
