@@ -8,6 +8,32 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 
+@jax.custom_batching.custom_vmap
+def _qr(w: Float[Array, "m n"]) -> tuple[Float[Array, "m k"], Float[Array, "k n"]]:
+    return tuple(jnp.linalg.qr(w))
+
+
+@_qr.def_vmap
+def _qr_of_many(size: int, batched: list[bool], w: Float[Array, "b m n"]) -> tuple[tuple[Array, Array], tuple]:
+    # `_qr`, so that what is mapped again from outside is not a stack inside the loop.
+    one_by_one = lambda w: jax.lax.map(_qr, w)
+    out = jax.lax.platform_dependent(w, cpu=one_by_one, default=lambda w: tuple(jnp.linalg.qr(w)))
+    return out, (True, True)
+
+
+def qr(w: Float[Array, "*n m p"]) -> tuple[Float[Array, "*n m k"], Float[Array, "*n k p"]]:
+    """Q and R of each matrix, k the smaller of m and p. Without derivatives in reverse.
+
+    In the place of ``jnp.linalg.qr``, whose decompositions of stacks can wait for each other without end on CPU when a
+    program has several: each holds a thread until others have done its parts (jaxlib 0.10.2, two cores: eight of
+    8 x 512 x 64 do each time). So there the matrices of a stack are decomposed one after the other.
+    """
+    fn = _qr
+    for _ in range(w.ndim - 2):
+        fn = jax.vmap(fn)
+    return fn(w)
+
+
 def truncated_svd(
     w: Float[Array, "m n"], rank: int, *, key: PRNGKeyArray | None = None, iterations: int = 10
 ) -> tuple[Float[Array, "m rank"], Float[Array, " rank"], Float[Array, "rank n"]]:
@@ -24,9 +50,9 @@ def truncated_svd(
             u, s, vh = jnp.linalg.svd(w, full_matrices=False)
         else:
             key = jax.random.key(0) if key is None else key
-            q = jnp.linalg.qr(w @ jax.random.normal(key, (w.shape[1], width), w.dtype))[0]
+            q = qr(w @ jax.random.normal(key, (w.shape[1], width), w.dtype))[0]
             for _ in range(iterations):
-                q = jnp.linalg.qr(w @ jnp.linalg.qr(w.T @ q)[0])[0]
+                q = qr(w @ qr(w.T @ q)[0])[0]
             u, s, vh = jnp.linalg.svd(q.T @ w, full_matrices=False)
             u = q @ u
     return fixed_signs(u[:, :rank], s[:rank], vh[:rank])
@@ -40,8 +66,8 @@ def factor_svd(
     ``b^T = Q_b R_b``, in O((m + p) r^2). k is the smallest of m, r and p. Signs are those of ``fixed_signs``."""
     dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
     with jax.default_matmul_precision("highest"):
-        qa, ra = jnp.linalg.qr(a.astype(dtype))
-        qb, rb = jnp.linalg.qr(b.astype(dtype).mT)
+        qa, ra = qr(a.astype(dtype))
+        qb, rb = qr(b.astype(dtype).mT)
         u, s, vh = jnp.linalg.svd(ra @ rb.mT, full_matrices=False)
         return fixed_signs(qa @ u, s, vh @ qb.mT)
 

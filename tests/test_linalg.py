@@ -1,11 +1,15 @@
-"""Inverses without pivoting."""
+"""Decompositions that do not wait for each other, and inverses without pivoting."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from jlora.linalg import inverse
+import jlora
+from jlora.linalg import factor_svd, inverse, qr
 from jlora.methods.oft import cayley
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -36,3 +40,40 @@ def test_no_triangular_solves() -> None:
     q = matrices("skew", 8) - np.eye(8)
     text = jax.jit(jax.grad(lambda q: jnp.sum(cayley(q) ** 3))).lower(q).as_text()
     assert "custom_call" not in text and "triangular_solve" not in text
+
+
+@pytest.mark.parametrize("mapped", [0, 1, 2])
+def test_qr(mapped: int) -> None:
+    w = np.random.default_rng(0).normal(size=(2, 3, 5, 4))
+    fn = qr
+    for _ in range(mapped):
+        fn = jax.vmap(fn)
+    q, r = jax.jit(fn)(w)
+    np.testing.assert_allclose(q @ r, w, atol=1e-14)
+    wanted = np.linalg.qr(w)
+    np.testing.assert_allclose(np.abs(q), np.abs(wanted.Q), atol=1e-13)
+    np.testing.assert_allclose(np.abs(r), np.abs(wanted.R), atol=1e-13)
+
+
+def galore(solver: str):
+    tx = jlora.optim.galore(optax.adam(1e-3), 2, solver=solver)
+    params = {name: jnp.ones((3, 80, 90)) for name in "abc"}
+    return jax.jit(tx.update), (params, tx.init(params))
+
+
+CALLS = {
+    "vmap of a stack": lambda: (jax.jit(jax.vmap(qr)), (jnp.ones((2, 3, 4, 4)),)),
+    "factor_svd": lambda: (factor_svd, (jnp.ones((3, 5, 2)), jnp.ones((3, 2, 4)))),
+    "subspace iteration": lambda: galore("subspace"),
+    "randomized": lambda: galore("randomized"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_decompositions_of_stacks(name: str) -> None:
+    """Those of LAPACK can wait for each other without end."""
+    fn, args = CALLS[name]()
+    text = fn.lower(*args).as_text()
+    shapes = re.findall(r"custom_call @lapack_\wgeqrf_ffi.*?: \(tensor<([\dx]+)x?f", text)
+    assert shapes, "no QR in the program"
+    assert all(shape.strip("x").count("x") == 1 for shape in shapes), shapes

@@ -22,6 +22,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jlora.linalg import qr
 from jlora.methods.base import Site, Start
 
 
@@ -34,6 +35,6 @@ class OLoRA(Start):
         return f"rank {rank} is above the {most} columns that its QR has" if rank > most else None
 
     def pair(self, key: Any, w: Array, rank: int, scale: float, stats: Any) -> tuple[Array, Array]:
-        q, r = jnp.linalg.qr(w[:rank].T)
+        q, r = qr(w[:rank].T)
         q = q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0).astype(q.dtype)
         return jnp.tril(w @ q), q.T

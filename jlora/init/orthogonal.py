@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jlora.linalg import qr
 from jlora.methods.base import Site, Start, require
 
 
@@ -42,7 +43,7 @@ class Orthogonal(Start):
 
     def pair(self, key: Any, w: Array, rank: int, scale: float, stats: Any) -> tuple[Array, Array]:
         key_o, key_a, key_b = jax.random.split(key, 3)
-        o = jnp.linalg.qr(jax.random.normal(key_o, (rank, rank), w.dtype))[0]
+        o = qr(jax.random.normal(key_o, (rank, rank), w.dtype))[0]
         a = jax.random.normal(key_a, (w.shape[0], rank // 2), w.dtype) @ o[0::2]
         b = o[1::2].T @ jax.random.normal(key_b, (rank // 2, w.shape[1]), w.dtype)
         return self.std * a, self.std * b

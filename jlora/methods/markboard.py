@@ -47,6 +47,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jlora import paths
 from jlora.factors import Factors
+from jlora.linalg import qr
 from jlora.methods.base import check_rank, require
 from jlora.methods.branches import Branches, Strength, pick
 from jlora.methods.lora import LoRA
@@ -202,7 +203,7 @@ def _entangled(key: PRNGKeyArray, w: Float[Array, "in out"], f: Factors, strengt
     wide = jnp.promote_types(w.dtype, f.a.dtype)
     a, b, w = f.a.astype(wide), f.b.astype(wide), w.astype(wide)
     q, g = (jax.random.orthogonal(k, f.rank, dtype=wide) for k in jax.random.split(key))
-    u, v = jnp.linalg.qr(a)[0], jnp.linalg.qr(b.T)[0]
+    u, v = qr(a)[0], qr(b.T)[0]
     c = strength * jnp.linalg.norm(w) * f.rank**-0.5
     taken = c * q @ v.T
     pair = Factors((u @ g).astype(f.a.dtype), (g.T @ (u.T @ a @ b + taken / f.scale)).astype(f.b.dtype), f.scale)

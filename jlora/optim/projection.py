@@ -35,7 +35,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from jlora import paths
-from jlora.linalg import truncated_svd
+from jlora.linalg import qr, truncated_svd
 from jlora.optim.moments import fields, is_second
 from jlora.optim.quantized import is_blocks
 from jlora.paths import Pattern
@@ -200,7 +200,7 @@ class Leading:
             h = plan.whole(g if side == "in" else g.mT)
             q = plan.whole(stored[side]).astype(h.dtype)
             for _ in range(2):
-                q = jnp.linalg.qr(h @ (h.mT @ q))[0]
+                q = qr(h @ (h.mT @ q))[0]
             found[side] = q
         return found
 
