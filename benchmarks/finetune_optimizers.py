@@ -5,7 +5,7 @@
 
 LoRA of rank 8, alpha 8 on all linear layers; batches of 4 rows of 192 tokens, packed, the same in the same order for
 all; ALLoRA is the method of that name under AdamW, LoRA-Pro its AdamW form. Rates are chosen by the loss on one half of
-the held-out prompts, and what is reported is that on the other, where nothing was chosen. A seed draws the adapters and
+the held-out prompts with the first seed, and what is reported is that on the other, where nothing was chosen. A seed draws the adapters and
 the order of the data. Prints a Markdown table; what is done is kept in --results, and not done again.
 """
 
@@ -80,20 +80,15 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--eval-limit", type=int, default=256, help="rows of each half that is held out")
     parser.add_argument("--results", type=Path, default=Path("runs/finetune_optimizers.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("runs/finetune_optimizers.png"))
     args = parser.parse_args()
 
-    cells = [
-        {"method": method, "rate": rate, "seed": seed, "steps": args.steps, "eval_limit": args.eval_limit}
-        for method in args.methods
-        for rate in args.rates
-        for seed in range(args.seeds)
-    ]
+    setting = {"steps": args.steps, "eval_limit": args.eval_limit}
     lazy = functools.cache(lambda: Study(args.eval_limit))  # of a study that is done, nothing is loaded
-    best = study.best_rates(study.run_all(cells, args.results, lambda cell: lazy().run(cell)))
+    best = study.tuned(args.methods, args.rates, args.seeds, setting, args.results, lambda cell: lazy().run(cell))
     curve = lambda cells: f"{sum(c['curve'][-1] for c in cells if c['curve']) / max(1, len(cells)):.4f}"
     print(study.table(best, args.rates, {"training, last steps": curve}))
     study.figure(best, lambda i: i * EVERY, "optimizer step", "training loss (nats per token)", args.figure)

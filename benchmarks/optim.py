@@ -119,7 +119,9 @@ def show_time(rank: int, rounds: int) -> None:
 
         first = jax.jit(tx.init)(params)
         second = update(grads, first, params)[1]
-        fewest = lambda state, times, update=update: min(cpu_seconds(update, grads, state, params) for _ in range(times))
+        fewest = lambda state, times, update=update: min(
+            cpu_seconds(update, grads, state, params) for _ in range(times)
+        )
         between = fewest(second, 10 * rounds)
         refresh = fewest(first, rounds) if period > 1 else between
         seconds = (refresh + (period - 1) * between) / period

@@ -7,7 +7,7 @@ The corpus is what lies beside `os.py` of the Python that runs this, files in th
 held out, half of those for the choice of the rate and half for what is reported. A step is a batch of random pieces of
 the text; all methods see the same tokens. Adam trains everything; GaLore, Fira and DCT-AdamW everything, with the
 state of the matrices of the layers projected to --rank; LoRA, the foil, has random weights there, frozen, a pair of
-rank --rank beside each, and trains embedding, head and norms as they are. Rates are of one grid; losses are in nats per
+rank --rank beside each, and trains embedding, head and norms as they are. Rates are of one grid, chosen with the first seed; losses are in nats per
 byte. Prints a Markdown table; what is done is kept in --results, and not done again.
 """
 
@@ -130,7 +130,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(methods(1, 1)), choices=methods(1, 1))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--period", type=int, default=100, help="steps between refreshes of GaLore and Fira")
     parser.add_argument("--eval-limit", type=int, default=256, help="held-out pieces")
@@ -142,14 +142,8 @@ def main() -> None:
         "steps": args.steps, "rank": args.rank, "period": args.period, "eval_limit": args.eval_limit,
         "corpus": zlib.crc32(corpus()[0]),
     }  # fmt: skip
-    cells = [
-        {"method": method, "rate": rate, "seed": seed, **setting}
-        for method in args.methods
-        for rate in args.rates
-        for seed in range(args.seeds)
-    ]
     lazy = functools.cache(lambda: Study(args.rank, args.period, args.eval_limit))
-    best = study.best_rates(study.run_all(cells, args.results, lambda cell: lazy().run(cell)))
+    best = study.tuned(args.methods, args.rates, args.seeds, setting, args.results, lambda cell: lazy().run(cell))
     print(f"{args.steps * BATCH * LENGTH:,} bytes read, from a text of {len(corpus()[0]):,}\n")
     columns = {"trained": lambda cells: f"{cells[0]['trained']:,}", "state": lambda cells: f"{cells[0]['state']:,}"}
     print(study.table(best, args.rates, columns))

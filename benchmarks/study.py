@@ -84,14 +84,21 @@ def run_all(cells: list[Cell], results: Path, run: Callable[[Cell], Cell]) -> li
     return found
 
 
-def best_rates(cells: list[Cell]) -> dict[str, list[Cell]]:
-    """Method -> the cells of its best rate, by the mean validation loss over seeds."""
-    found: dict[str, list[Cell]] = {}
-    for method in dict.fromkeys(cell["method"] for cell in cells):
-        own = [cell for cell in cells if cell["method"] == method]
-        by_rate = {rate: [c for c in own if c["rate"] == rate] for rate in sorted({c["rate"] for c in own})}
-        found[method] = min(by_rate.values(), key=lambda some: statistics.fmean(c["validation"] for c in some))
-    return found
+def tuned(
+    methods: Sequence[str],
+    rates: Sequence[float],
+    seeds: int,
+    setting: Cell,
+    results: Path,
+    run: Callable[[Cell], Cell],
+) -> dict[str, list[Cell]]:
+    """Method -> its cells, a seed each, at the rate whose validation loss was lowest with the first seed."""
+    cell = lambda method, rate, seed: {"method": method, "rate": rate, "seed": seed, **setting}
+    grid = run_all([cell(method, rate, 0) for method in methods for rate in rates], results, run)
+    best = {m: min((c for c in grid if c["method"] == m), key=lambda c: c["validation"]) for m in methods}
+    others = [cell(method, best[method]["rate"], seed) for method in methods for seed in range(1, seeds)]
+    others = run_all(others, results, run)
+    return {method: [best[method], *(c for c in others if c["method"] == method)] for method in methods}
 
 
 def table(best: dict[str, list[Cell]], rates: Sequence[float], columns: dict[str, Callable[[list[Cell]], str]]) -> str:
@@ -115,11 +122,20 @@ def table(best: dict[str, list[Cell]], rates: Sequence[float], columns: dict[str
 
 
 def figure(best: dict[str, list[Cell]], x: Callable[[int], float], xlabel: str, ylabel: str, path: Path) -> None:
-    """The mean curve of each method at its best rate, and the range over seeds."""
+    """One panel of curves, as a file."""
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(7, 4.4), dpi=150, layout="constrained")
     axes = drawing.subplots()
+    draw(axes, best, x)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(path)
+
+
+def draw(axes: Any, best: dict[str, list[Cell]], x: Callable[[int], float]) -> None:
+    """The mean curve of each method at its best rate, and the range over seeds. `x` is of the curve's i-th number, from
+    1."""
     for method, cells in best.items():
         curves = [cell["curve"] for cell in cells if cell["curve"]]
         length = min(map(len, curves), default=0)
@@ -129,8 +145,5 @@ def figure(best: dict[str, list[Cell]], x: Callable[[int], float], xlabel: str, 
         at = [x(i + 1) for i in range(length)]
         (line,) = axes.plot(at, values.mean(0), linewidth=1.4, label=f"{method}, {cells[0]['rate']:g}")
         axes.fill_between(at, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path)

@@ -33,8 +33,8 @@ class Gaussian:
     def init(self, plan: Plan) -> tuple:
         return ()
 
-    def refresh(self, plan: Plan, stored: tuple, g: Array, count: Array) -> tuple:
-        return ()
+    def refresh(self, plan: Plan, stored: tuple, g: Array, count: Array) -> tuple[tuple, None]:
+        return (), None
 
     def basis(self, plan: Plan, stored: tuple, count: Array) -> Basis:
         key = jax.random.fold_in(jax.random.key(self.seed), plan.index)

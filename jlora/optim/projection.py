@@ -141,8 +141,8 @@ class Source(Protocol):
         """What is stored at first."""
         ...
 
-    def refresh(self, plan: Plan, stored: PyTree, g: Array, count: Array) -> PyTree:
-        """What is stored from now on."""
+    def refresh(self, plan: Plan, stored: PyTree, g: Array, count: Array) -> tuple[PyTree, Array | None]:
+        """What is stored from now on; and R, where it comes out of this more cheaply than ``plan.down`` makes it."""
         ...
 
     def basis(self, plan: Plan, stored: PyTree, count: Array) -> Basis: ...
@@ -170,14 +170,14 @@ class Leading:
         )
         return {side: plan.put(one(side), plan.basis_spec(side)) for side in plan.sides}
 
-    def refresh(self, plan: Plan, stored: Basis, g: Array, count: Array) -> Basis:
+    def refresh(self, plan: Plan, stored: Basis, g: Array, count: Array) -> tuple[Basis, None]:
         g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
         usable = jnp.isfinite(g).all((-2, -1)) & (g != 0).any((-2, -1))
         with jax.default_matmul_precision("highest"):
             found = self._solve(plan, stored, g, count)
         usable = plan.whole(usable)[..., None, None]
         keep = lambda new, old: jnp.where(usable, new.astype(old.dtype), plan.whole(old))
-        return {side: plan.put(keep(found[side], stored[side]), plan.basis_spec(side)) for side in plan.sides}
+        return {side: plan.put(keep(found[side], stored[side]), plan.basis_spec(side)) for side in plan.sides}, None
 
     def _solve(self, plan: Plan, stored: Basis, g: Array, count: Array) -> Basis:
         r, whole = plan.rank, (None,) * g.ndim
@@ -287,20 +287,24 @@ def low_rank(
 
         def refresh(operands: tuple) -> tuple:
             old, moments = operands
-            new = {i: source.refresh(plan, old[i], g[i], count) for i, plan in at.items()}
+            new, r = {}, {}
+            for i, plan in at.items():
+                new[i], r[i] = source.refresh(plan, old[i], g[i], count)
             if transport != "keep":
                 overlaps = {i: transport == "rotate" and source.overlap(p, new[i], old[i]) for i, p in at.items()}
                 moments = _transport(inner, moments, treedef, at, overlaps)
-            return new, moments
+            return new, moments, r
 
         before = ({i: stored[i] for i in at}, state.inner)
         if period == 1:
-            now, moments = refresh(before)
+            now, moments, r = refresh(before)
         else:
-            now, moments = jax.lax.cond(count % period == 0, refresh, lambda operands: operands, before)
+            now, moments = jax.lax.cond(count % period == 0, lambda old: refresh(old)[:2], lambda old: old, before)
+            r = dict.fromkeys(at)
 
         bases = {i: source.basis(plan, now[i], count) for i, plan in at.items()}
-        r = {i: plan.down(g[i], bases[i]).astype(plan.dtype) for i, plan in at.items()}
+        for i, plan in at.items():
+            r[i] = (plan.down(g[i], bases[i]) if r[i] is None else r[i]).astype(plan.dtype)
         shown = treedef.unflatten([r.get(i, leaf) for i, leaf in enumerate(leaves)])
         out, moments, decay = _inner_update(inner, shown, moments, given, at, treedef, extra_args)
         for i, plan in at.items():

@@ -37,8 +37,8 @@ class Quantized:
     def init(self, plan: Plan) -> PyTree:
         return self._encode(self.source.init(plan))
 
-    def refresh(self, plan: Plan, stored: PyTree, g: Array, count: Array) -> PyTree:
-        return self._encode(self.source.refresh(plan, self._decode(plan, stored), g, count))
+    def refresh(self, plan: Plan, stored: PyTree, g: Array, count: Array) -> tuple[PyTree, None]:
+        return self._encode(self.source.refresh(plan, self._decode(plan, stored), g, count)[0]), None
 
     def basis(self, plan: Plan, stored: PyTree, count: Array) -> Basis:
         return self._decode(plan, stored)
@@ -73,7 +73,7 @@ class Lazy:
             "similar": full((*plan.stack, WINDOW), -jnp.inf, jnp.float32),  # no mean before there are five
         }
 
-    def refresh(self, plan: Plan, stored: PyTree, g: Array, count: Array) -> PyTree:
+    def refresh(self, plan: Plan, stored: PyTree, g: Array, count: Array) -> tuple[PyTree, None]:
         alone = dataclasses.replace(plan, axes=Axes((0,), (1,)), shape=g.shape[-2:], spec=plan.spec[-2:])
 
         def one(matrix: tuple[PyTree, Array]) -> PyTree:
@@ -81,10 +81,10 @@ class Lazy:
             due = count % stored["period"] == 0
             return jax.lax.cond(due, lambda: self._renewed(alone, stored, g, count), lambda: stored)
 
-        return one_by_one(one, plan.stack)((stored, g))
+        return one_by_one(one, plan.stack)((stored, g)), None
 
     def _renewed(self, plan: Plan, stored: PyTree, g: Array, count: Array) -> PyTree:
-        new = self.source.refresh(plan, stored["basis"], g, count)
+        new, _ = self.source.refresh(plan, stored["basis"], g, count)
         first = lambda basis: plan.whole(next(iter(self.source.basis(plan, basis, count).values())))[:, 0]
         a, b = (first(basis).astype(jnp.float32) for basis in (stored["basis"], new))
         cosine = jnp.abs(a @ b) / jnp.maximum(jnp.linalg.norm(a) * jnp.linalg.norm(b), 1e-12)

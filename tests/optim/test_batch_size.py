@@ -109,10 +109,11 @@ def test_sizes() -> None:
 
 def test_the_batch_grows_as_the_gradient_fades(x64) -> None:
     """Noisy least squares: far from the optimum one pass will do; near it the noise takes over. Few programs."""
-    truth = RANDOM.normal(size=4)
+    random = np.random.default_rng(0)
+    truth = random.normal(size=4)
     control = optim.AdaptiveBatch(rows=8, largest=512)
     state, tx = control.init(), optim.adagrad_norm(10.0)
-    w, traces = jnp.full(4, 10.0), []
+    w, traces = jnp.full(4, 10.0, float), []
     opt_state = tx.init(w)
 
     @jax.jit
@@ -125,8 +126,8 @@ def test_the_batch_grows_as_the_gradient_fades(x64) -> None:
 
     sizes = []
     for _ in range(60):
-        x = RANDOM.normal(size=(state.size, 4))
-        y = x @ truth + RANDOM.normal(size=state.size)
+        x = random.normal(size=(state.size, 4))
+        y = x @ truth + random.normal(size=state.size)
         w, opt_state, wanted = step(w, opt_state, x, y)
         sizes.append(state.size)
         state = control.update(state, wanted)

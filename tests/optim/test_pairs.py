@@ -238,7 +238,8 @@ def test_lora_pro_in_float32(size: float) -> None:
     got = direction(tx, a, b, lambda p: jnp.sum(g.astype(np.float32) * p.product()), jnp.float32)
     assert got.a.dtype == jnp.float32
     got = change(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), got), np.float32(a), np.float32(b))
-    assert np.linalg.norm(got - wanted) < 2e-4 * np.linalg.norm(wanted)
+    # B B^T has the square of its condition, 100: so many of the digits of float32 are lost.
+    assert np.linalg.norm(got - wanted) < 100**2 * np.finfo(np.float32).eps * np.linalg.norm(wanted)
 
 
 def test_lora_pro_at_the_ends() -> None:

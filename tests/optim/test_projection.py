@@ -16,7 +16,7 @@ import pytest
 import jlora
 from jlora.optim import adam, projection
 from jlora.optim.apollo import Gaussian
-from jlora.optim.dct import Columns, dct_columns
+from jlora.optim.dct import Columns, cosine_transform, dct_columns
 from jlora.optim.fira import limit_growth
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -134,7 +134,7 @@ def test_projection_is_optimal(solver: str, side: str) -> None:
     plan, source = plan_of(g.shape, 3, side), projection.Leading(solver)
     stored = source.init(plan)
     for count in range(20 if solver == "subspace" else 1):  # which starts from the basis before
-        stored = source.refresh(plan, stored, g, count)
+        stored, _ = source.refresh(plan, stored, g, count)
     for basis in stored.values():
         np.testing.assert_allclose(basis.mT @ basis, np.broadcast_to(np.eye(3), (2, 3, 3)), atol=1e-12)
     r = plan.down(g, stored)
@@ -293,11 +293,22 @@ def test_cosine_matrix(size: int) -> None:
     np.testing.assert_allclose(x @ q, jax.scipy.fft.dct(jnp.asarray(x), norm="ortho"), atol=1e-13)
 
 
+@pytest.mark.parametrize("axis", [-1, -2])
+@pytest.mark.parametrize("size", [7, 64, 96, 200])
+def test_cosine_transform_in_halves(size: int, axis: int) -> None:
+    x = RANDOM.normal(size=(2, 3, size) if axis == -1 else (2, size, 3))
+    found = np.zeros_like(x)
+    for index, part in cosine_transform(jnp.asarray(x), axis):
+        found[(..., index) if axis == -1 else (..., index, slice(None))] = part
+    np.testing.assert_allclose(found, jax.scipy.fft.dct(jnp.asarray(x), norm="ortho", axis=axis), atol=1e-12)
+
+
 def test_columns_are_the_best_ones() -> None:
     """By the l2 norm no other set of columns leaves less out; what is left out is the sum of the others' squares."""
     for g in (G[0], G[0].T):
         plan, source = plan_of(g.shape, 2, "smaller"), Columns("l2")
-        index = source.refresh(plan, source.init(plan), g, 0)
+        index, r = source.refresh(plan, source.init(plan), g, 0)
+        np.testing.assert_allclose(r, plan.down(g, source.basis(plan, index, 0)), atol=1e-13)
         left_out = lambda i: float(jnp.linalg.norm(g - plan.up(plan.down(g, b := source.basis(plan, i, 0)), b)))  # noqa: B023
         sets = [jnp.array(i) for i in itertools.combinations(range(6), 2)]
         assert left_out(index) == pytest.approx(min(left_out(i) for i in sets), abs=1e-12)
