@@ -6,7 +6,8 @@
 LoRA of rank 8, alpha 8 on all linear layers; batches of 4 rows of 192 tokens, packed, the same in the same order for
 all; ALLoRA is the method of that name under AdamW, LoRA-Pro its AdamW form. Rates are chosen by the loss on one half of
 the held-out prompts with the first seed, and what is reported is that on the other, where nothing was chosen. A seed
-draws the adapters and the order of the data. Prints a Markdown table; what is done is kept in --results, and not done again.
+draws the adapters and the order of the data. Prints a Markdown table; what is done is kept in --results, and not done
+again.
 """
 
 import argparse

@@ -7,8 +7,8 @@ The corpus is what lies beside `os.py` of the Python that runs this, files in th
 held out, half of those for the choice of the rate and half for what is reported. A step is a batch of random pieces of
 the text; all methods see the same tokens. Adam trains everything; GaLore, Fira and DCT-AdamW everything, with the
 state of the matrices of the layers projected to --rank; LoRA, the foil, has random weights there, frozen, a pair of
-rank --rank beside each, and trains embedding, head and norms as they are. Rates are of one grid,
-chosen with the first seed; losses are in nats per byte. Prints a Markdown table; what is done is kept in --results, and not done again.
+rank --rank beside each, and trains embedding, head and norms as they are. Rates are of one grid, chosen with the first
+seed; losses are in nats per byte. Prints a Markdown table; what is done is kept in --results, and not done again.
 """
 
 import argparse

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 import study
 from matplotlib.figure import Figure
 
@@ -36,7 +37,7 @@ METHODS = {
     "LoRA-GA": "--rank 8 --alpha 16 --init lora_ga",
     "EVA": "--rank 8 --alpha 16 --init eva",
     "LoRA-SB": "--method lora_xs --rank 8 --alpha 8 --init lora_sb --init-options learning_rate={rate}",
-    "AdaLoRA": "--method adalora --rank 12 --alpha 24 --rank-schedule adalora --rank-schedule-options target=8",
+    "AdaLoRA": "--method adalora --rank 12 --alpha 24 --rank-schedule adalora --rank-schedule-options target_rank=8",
 }
 POINTS = 8  # of a curve
 
@@ -79,6 +80,9 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, default=Path("runs/starts.png"))
     args = parser.parse_args()
 
+    scratch = tempfile.TemporaryDirectory()  # the runs of a method compile the same programs
+    jax.config.update("jax_compilation_cache_dir", scratch.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     drawing = Figure(figsize=(5 * len(args.tasks), 4), dpi=150, layout="constrained")
     panels = drawing.subplots(1, len(args.tasks), squeeze=False)[0]
     for axes, task in zip(panels, args.tasks, strict=True):
