@@ -172,8 +172,9 @@ class Dot(Protocol):
     def staged(self, x: Array, a: Array, core: Array) -> Array | None:
         """``inner`` of a convolution in two steps, the features first and then the window, where that is cheaper."""
 
-    def factored(self, x: Array, w: Array, factors: Factors, context: Context) -> Array:
-        """``dot(x, w) + scale * outer(inner(x, a), b)``, in one fused kernel where there is one."""
+    def factored(self, x: Array, w: Array, factors: Factors, context: Context, rate: float = 0.0) -> Array:
+        """``dot(x, w) + scale * outer(inner(drop(x), a), b)``, in one fused kernel where there is one. ``rate`` is that
+        of the dropout; without a key in the context there is none."""
 
 
 class MethodLike(Protocol):

@@ -7,6 +7,10 @@
 | grad_a  | (x^T ds)^T                      | -                                                            |
 | grad_x  | ds A^T + dy W^T                 | the branch starts the accumulator and never leaves the chip  |
 
+With dropout, forward, grad_a and grad_x make the mask of a block from the key and the place of the block: it is never
+in memory. The numbers are those of `jax.random.bits` with JAX's default generator, Threefry, which enciphers the place of
+an entry (Salmon et al., 2011, https://doi.org/10.1145/2063384.2063405).
+
 Layout: the rank is far below the 128 lanes of a register, so A is handed over transposed, [r, in], with its long axis
 on the lanes, and dA comes back the same way.
 
@@ -21,11 +25,13 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jlora.kernels.dropout import threshold
 from jlora.kernels.lora_linear import Pieces
 
 # Blocks of tokens, and of `in` and `out`. Two buffers of each operand and the accumulator take about 3 MiB of VMEM in
@@ -41,16 +47,38 @@ class PallasPieces(Pieces):
 
     interpret: ClassVar[bool] = False
 
-    def forward(self, x, w, a, b, scale):
+    def keep(self, x, key):
+        """The two words of the key; and where a kernel could not make the mask from them, the mask."""
+        makes = str(jax.random.key_impl(key)) == "threefry2x32" and jax.config.jax_threefry_partitionable
+        if makes and x.size <= 2**32:
+            return lax.bitcast_convert_type(jax.random.key_data(key), jnp.int32)
+        return super().keep(x, key).astype(jnp.int8)
+
+    def _mask(self, keep, n_in, block):
+        """For a kernel that masks these blocks of [tokens, in]: (operands, their specs, how it masks a block)."""
+        if keep is None:
+            return (), (), lambda refs, block, row, column: block
+        if keep.dtype == jnp.int8:
+            read = lambda refs: refs[0][...].astype(jnp.int32) != 0  # Mosaic compares no bytes on all TPUs
+            return (_matrix(keep),), (block,), lambda refs, block, row, column: _zeroed(block, read(refs))
+        kept = lambda refs, block, row, column: _zeroed(
+            block, _kept(refs[0], block.shape, row, column, n_in, self.dropout)
+        )
+        return (keep,), (pl.BlockSpec(memory_space=pltpu.SMEM),), kept
+
+    def forward(self, x, w, a, b, scale, keep=None):
         x2 = _matrix(x)
         (tokens, n_in), (rank, n_out) = x2.shape, b.shape
         bt, bi, bo = min(tokens, _TOKENS), min(n_in, _FEATURES), min(n_out, _FEATURES)
+        of_x = pl.BlockSpec((bt, bi), lambda t, o, i: (t, i))
+        masks, mask_specs, mask = self._mask(keep, n_in, of_x)
         y, h = pl.pallas_call(
-            partial(_forward_kernel, dot=self._kernel_dot, n_in=n_in),
+            partial(_forward_kernel, dot=self._kernel_dot, mask=mask, n_in=n_in),
             grid=(pl.cdiv(tokens, bt), pl.cdiv(n_out, bo), pl.cdiv(n_in, bi)),
             in_specs=[
                 pl.BlockSpec(memory_space=pltpu.SMEM),
-                pl.BlockSpec((bt, bi), lambda t, o, i: (t, i)),
+                *mask_specs,
+                of_x,
                 pl.BlockSpec((bi, bo), lambda t, o, i: (i, o)),
                 pl.BlockSpec((rank, bi), lambda t, o, i: (0, i)),
                 pl.BlockSpec((rank, bo), lambda t, o, i: (0, o)),
@@ -65,7 +93,7 @@ class PallasPieces(Pieces):
             ],
             scratch_shapes=[pltpu.VMEM((bt, bo), self.accumulate)],
             **self._options("parallel", "arbitrary", "arbitrary"),
-        )(scale.reshape(1), *self._operands(x2, w, a.T, b))
+        )(scale.reshape(1), *masks, *self._operands(x2, w, a.T, b))
         return y.reshape(*x.shape[:-1], n_out), checkpoint_name(h.reshape(*x.shape[:-1], rank), "lora_h")
 
     def read_dy(self, dy, h, b):
@@ -95,40 +123,42 @@ class PallasPieces(Pieces):
         )(*self._operands(dy2, h2, b))
         return u.sum(0).reshape(h.shape), h_dy
 
-    def grad_a(self, x, ds, a):
+    def grad_a(self, x, ds, a, keep=None):
         x2, ds2 = _matrix(x), _matrix(ds)
         (tokens, n_in), rank = x2.shape, ds2.shape[1]
         bt, bi = min(tokens, _TOKENS), min(n_in, _WIDE)
+        of_x = pl.BlockSpec((bt, bi), lambda i, t: (t, i))
+        masks, mask_specs, mask = self._mask(keep, n_in, of_x)
         return pl.pallas_call(
-            partial(_grad_a_kernel, dot=self._kernel_dot, tokens=tokens),
+            partial(_grad_a_kernel, dot=self._kernel_dot, mask=mask, tokens=tokens),
             grid=(pl.cdiv(n_in, bi), pl.cdiv(tokens, bt)),
-            in_specs=[
-                pl.BlockSpec((bt, rank), lambda i, t: (t, 0)),
-                pl.BlockSpec((bt, bi), lambda i, t: (t, i)),
-            ],
+            in_specs=[*mask_specs, pl.BlockSpec((bt, rank), lambda i, t: (t, 0)), of_x],
             out_specs=pl.BlockSpec((rank, bi), lambda i, t: (0, i)),
             out_shape=_like(x, (rank, n_in), self.accumulate),
             **self._options("parallel", "arbitrary"),
-        )(*self._operands(ds2, x2)).T
+        )(*masks, *self._operands(ds2, x2)).T
 
-    def grad_x(self, dy, ds, w, a, x_type):
+    def grad_x(self, dy, ds, w, a, x_type, keep=None):
         dy2, ds2 = _matrix(dy), _matrix(ds)
         (tokens, n_out), (n_in, rank) = dy2.shape, a.shape
         bt, bi, bo = min(tokens, _TOKENS), min(n_in, _FEATURES), min(n_out, _FEATURES)
+        of_dx = pl.BlockSpec((bt, bi), lambda t, i, o: (t, i))
+        masks, mask_specs, mask = self._mask(keep, n_in, of_dx)
         dx = pl.pallas_call(
-            partial(_grad_x_kernel, dot=self._kernel_dot, n_out=n_out),
+            partial(_grad_x_kernel, dot=self._kernel_dot, mask=mask, n_out=n_out),
             grid=(pl.cdiv(tokens, bt), pl.cdiv(n_in, bi), pl.cdiv(n_out, bo)),
             in_specs=[
+                *mask_specs,
                 pl.BlockSpec((bt, bo), lambda t, i, o: (t, o)),
                 pl.BlockSpec((bt, rank), lambda t, i, o: (t, 0)),
                 pl.BlockSpec((bi, bo), lambda t, i, o: (i, o)),
                 pl.BlockSpec((rank, bi), lambda t, i, o: (0, i)),
             ],
-            out_specs=pl.BlockSpec((bt, bi), lambda t, i, o: (t, i)),
+            out_specs=of_dx,
             out_shape=_like(dy, (tokens, n_in), self.compute),
             scratch_shapes=[pltpu.VMEM((bt, bi), self.accumulate)],
             **self._options("parallel", "parallel", "arbitrary"),
-        )(*self._operands(dy2, ds2, w, a.T))
+        )(*masks, *self._operands(dy2, ds2, w, a.T))
         return dx.reshape(*dy.shape[:-1], n_in)
 
     def _operands(self, *arrays):
@@ -169,13 +199,40 @@ def _inside(block, axis: int, index, size: int):
     if size % block.shape[axis] == 0:
         return block
     position = index * block.shape[axis] + lax.broadcasted_iota(jnp.int32, block.shape, axis)
+    return _zeroed(block, position < size)
+
+
+def _zeroed(block, keep):
     # Of a few rows in bfloat16, less than a register, Mosaic has no select.
     wide = block.astype(jnp.promote_types(block.dtype, jnp.float32)) if block.shape[0] < 16 else block
-    return jnp.where(position < size, wide, jnp.zeros_like(wide)).astype(block.dtype)
+    return jnp.where(keep, wide, jnp.zeros_like(wide)).astype(block.dtype)
 
 
-def _forward_kernel(scale, x, w, at, b, y, h, total, *, dot, n_in):
-    column, k = pl.program_id(1), pl.program_id(2)
+# Rotations of a round of Threefry-2x32, twenty rounds in all, and what is mixed into its third key.
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+
+
+def _kept(key, shape, row, column, width: int, dropout: float):
+    """`keep_mask` of a block of this shape, by row and column among such blocks, of an array so wide; in whole numbers
+    of 32 bits with a sign, which a TPU has. `key` are its two words."""
+    place = (row * shape[0] + lax.broadcasted_iota(jnp.int32, shape, 0)) * width
+    place += column * shape[1] + lax.broadcasted_iota(jnp.int32, shape, 1)
+    keys = key[0], key[1], key[0] ^ key[1] ^ _PARITY
+    a, b = jnp.full(shape, keys[0]), place + keys[1]
+    for group in range(5):
+        for bits in _ROTATIONS[group % 2]:
+            a = a + b
+            b = (lax.shift_left(b, bits) | lax.shift_right_logical(b, 32 - bits)) ^ a
+        a, b = a + keys[(group + 1) % 3], b + keys[(group + 2) % 3] + (group + 1)
+    # The comparison of numbers without a sign is that of numbers with one, when the highest bit is turned.
+    turned = lambda number: int(np.uint32(number ^ 2**31).view(np.int32))
+    return (a ^ b ^ turned(0)) >= turned(threshold(dropout))
+
+
+def _forward_kernel(scale, *refs, dot, mask, n_in):
+    *masks, x, w, at, b, y, h, total = refs
+    row, column, k = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     x_block = _inside(x[...], 1, k, n_in)
 
     @pl.when(k == 0)
@@ -189,7 +246,7 @@ def _forward_kernel(scale, x, w, at, b, y, h, total, *, dot, n_in):
     # h is complete after the first column of blocks, and stays in VMEM for the others.
     @pl.when(column == 0)
     def _():
-        h[...] += dot(x_block, _inside(at[...], 1, k, n_in), 1, 1)
+        h[...] += dot(mask(masks, x_block, row, k), _inside(at[...], 1, k, n_in), 1, 1)
 
     total[...] += dot(x_block, _inside(w[...], 0, k, n_in), 1, 0)
 
@@ -210,22 +267,25 @@ def _read_dy_kernel(dy, h, b, u, h_dy, *, dot, tokens, n_out):
     h_dy[...] += dot(_inside(h[...], 0, row, tokens), dy_block, 0, 0)
 
 
-def _grad_a_kernel(ds, x, da_t, *, dot, tokens):
-    row = pl.program_id(1)
+def _grad_a_kernel(*refs, dot, mask, tokens):
+    *masks, ds, x, da_t = refs
+    column, row = pl.program_id(0), pl.program_id(1)
 
     @pl.when(row == 0)
     def _():
         da_t[...] = jnp.zeros_like(da_t)
 
-    da_t[...] += dot(_inside(ds[...], 0, row, tokens), _inside(x[...], 0, row, tokens), 0, 0)
+    x_block = mask(masks, _inside(x[...], 0, row, tokens), row, column)
+    da_t[...] += dot(_inside(ds[...], 0, row, tokens), x_block, 0, 0)
 
 
-def _grad_x_kernel(dy, ds, w, at, dx, total, *, dot, n_out):
-    k = pl.program_id(2)
+def _grad_x_kernel(*refs, dot, mask, n_out):
+    *masks, dy, ds, w, at, dx, total = refs
+    row, column, k = pl.program_id(0), pl.program_id(1), pl.program_id(2)
 
     @pl.when(k == 0)
     def _():
-        total[...] = dot(ds[...], at[...], 1, 0)
+        total[...] = mask(masks, dot(ds[...], at[...], 1, 0), row, column)
 
     total[...] += dot(_inside(dy[...], 1, k, n_out), _inside(w[...], 1, k, n_out), 1, 1)
 

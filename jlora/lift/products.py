@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from jlora.factors import Factors
 from jlora.kernels import lora_linear, product
+from jlora.kernels.dropout import dropout
 from jlora.lift.core import Run, is_adapted, plain, rule
 from jlora.storage import Stored, is_stored
 from jlora.weight import IN, OUT, STACK, AdaptedWeight, Atom, Context, Params, Unadapted, turned
@@ -62,8 +63,8 @@ class _Branch:
     def per_output(self, y: Array, g: Array) -> Array:
         return y * self.along(y, g)
 
-    def factored(self, x: Array, w: Array, f: Factors, context: Context) -> Array:
-        return self(x, w) + self.outer(self.inner(x, f.a) * f.scale, f.b)
+    def factored(self, x: Array, w: Array, f: Factors, context: Context, rate: float = 0.0) -> Array:
+        return self(x, w) + self.outer(self.inner(dropout(x, rate, context.key), f.a) * f.scale, f.b)
 
 
 # Matrix products.
@@ -136,9 +137,9 @@ class LinearDot(_Branch):
     def mix(self, y: Array, m: Array) -> Array:
         return self._product(y, m, None)
 
-    def factored(self, x: Array, w: Array, f: Factors, context: Context) -> Array:
+    def factored(self, x: Array, w: Array, f: Factors, context: Context, rate: float = 0.0) -> Array:
         if self.out_spec is not None:
-            return super().factored(x, w, f, context)
+            return super().factored(x, w, f, context, rate)
         return lora_linear(
             x,
             w,
@@ -148,6 +149,8 @@ class LinearDot(_Branch):
             implementation=context.implementation,
             precision=self.precision,
             preferred_element_type=self.preferred,
+            dropout=rate,
+            key=context.key,
         )
 
 
@@ -536,7 +539,7 @@ class LookupDot(_Branch):
 
     mix = outer  # a looked up row is an activation like any other
 
-    def factored(self, ids: Array, w: Array, f: Factors, context: Context) -> Array:
+    def factored(self, ids: Array, w: Array, f: Factors, context: Context, rate: float = 0.0) -> Array:
         return self(ids, w) + (self.outer(self.inner(ids, f.a), f.b) * f.scale).astype(w.dtype)
 
 

@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jlora.factors import Factors
+from jlora.kernels.dropout import dropout as dropout
 from jlora.weight import Axes, Context, Dot, Params
 
 
@@ -219,10 +220,7 @@ class Method:
         f = dot.per_matrix(self.factors, w, p)
         if f is None:
             return dot(x, dot.per_matrix(self.weight, w, p)), None
-        if ctx.key is not None and self.dropout > 0.0 and dot.kind != "lookup":
-            y = dot(x, w) + dot.outer(dot.inner(dropout(x, self.dropout, ctx.key), f.a) * f.scale, f.b)
-        else:
-            y = dot.factored(x, w, f, ctx)
+        y = dot.factored(x, w, f, ctx, 0.0 if dot.kind == "lookup" else self.dropout)
         gain = dot.per_matrix(self.output_gain, w, p)
         return (y if gain is None else dot.per_output(y, gain)), None
 
@@ -267,14 +265,6 @@ class Method:
     def describe(self) -> dict[str, str]:
         """Columns of ``jlora.summary``: rank and scale, where the method has them."""
         return {}
-
-
-def dropout(x: Array, rate: float, key: PRNGKeyArray | None) -> Array:
-    """Inverted dropout. The identity when there is no key."""
-    if key is None or rate == 0.0:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
 
 
 def check_rank(rank: int, site: Site) -> str | None:

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jlora.kernels import lora_linear, lora_linear_tpu
+from jlora.kernels.dropout import dropout
 from jlora.kernels.lora_linear import _with_gradient
 
 WRITTEN = ("custom_vjp", "pallas_interpret")
@@ -110,6 +111,51 @@ def test_the_formula_in_float64(implementation):
         got = {"y": y.reshape(15, 40), "dx": dx.reshape(15, 24), "dw": dw, "da": da, "db": db, "ds": ds}
         assert {v.dtype for v in got.values()} == {np.dtype("float64")}
         assert_close(got, want, 1e-13)
+
+
+@pytest.mark.parametrize("generator", ["threefry2x32", "rbg"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("implementation", ALL)
+def test_dropout(implementation, shape, generator):
+    """The formula with the mask of the key, which the kernels make in blocks or, with another generator, read."""
+    x, w, a, b, s = operands(**SHAPES[shape])
+    key = jax.random.key(5, impl=generator)
+    formula = lambda x, w, a, b, s: x @ jax.lax.stop_gradient(w) + s * (dropout(x, 0.4, key) @ a) @ b
+    f = partial(lora_linear, dropout=0.4, key=key, implementation=implementation)
+    got = jax.jit(value_and_grads(f))(x, w, a, b, s)
+    assert_close(got, jax.jit(value_and_grads(formula))(x, w, a, b, s))
+    assert_close(f(x, w, a, b, s), jax.vmap(f, (0, None, None, None, None))(x[None], w, a, b, s)[0])
+    assert_close(lora_linear(x, w, a, b, s, dropout=0.4), x @ w + s * (x @ a) @ b)
+
+
+@pytest.mark.parametrize("implementation", WRITTEN)
+def test_dropout_under_scan_and_remat(implementation):
+    """Of layers that have keys of their own."""
+    (w, a, b), x = stacked_operands()
+    keys = jax.random.split(jax.random.key(0), len(w))
+
+    def loss(implementation, remat, a, b, x):
+        def layer(x, own):
+            w, a, b, key = own
+            return x + lora_linear(x, w, a, b, 0.5, dropout=0.3, key=key, implementation=implementation), None
+
+        return jnp.sum(jnp.sin(jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (w, a, b, keys))[0]))
+
+    grads = lambda *which: jax.jit(jax.value_and_grad(partial(loss, *which), (0, 1, 2)))(a, b, x)
+    for remat in (False, True):
+        assert_close(grads(implementation, remat), grads("plain", False))
+
+
+def test_dropout_keeps_a_byte_an_entry():
+    """For the backward pass, beside x, which is kept without it, too."""
+    drops = partial(lora_linear, dropout=0.3, key=jax.random.key(0), implementation="custom_vjp")
+    kept = jax.tree.leaves(jax.vjp(drops, *operands(lead=(64,)))[1])
+    assert sorted(str(leaf.dtype) for leaf in kept if leaf.shape == (64, 24)) == ["bool", "float32"]
+
+
+def test_dropout_is_a_rate():
+    with pytest.raises(ValueError, match=r"got a dropout of 1.0; want a rate in \[0, 1\)"):
+        lora_linear(*operands(), dropout=1.0, key=jax.random.key(0))
 
 
 @pytest.mark.parametrize("implementation", ["plain", "custom_vjp"])
@@ -385,16 +431,20 @@ def test_the_kernels_on_a_simulated_tpu():
         assert_close(got, want)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_kernels_lower_for_tpu(dtype, monkeypatch):
+def test_the_kernels_lower_for_tpu(dtype, dropout, monkeypatch):
     """Mosaic accepts them, at the blocks they have in earnest. Needs no TPU."""
     monkeypatch.undo()
     pieces = lora_linear_tpu.PallasPieces(
-        compute=jnp.dtype(dtype), accumulate=jnp.dtype("float32"), out=jnp.dtype(dtype), precision=None
-    )
+        compute=jnp.dtype(dtype), accumulate=jnp.dtype("float32"), out=jnp.dtype(dtype), precision=None,
+        dropout=dropout,
+    )  # fmt: skip
 
     def step(x, w, a, b, s, dy):
-        y, vjp = jax.vjp(lambda x, a, b, s: _with_gradient(pieces, True, jax.typeof(x), x, w, a, b, s), x, a, b, s)
+        keep = pieces.keep(x, jax.random.key(0)) if dropout else None
+        f = lambda x, a, b, s: _with_gradient(pieces, True, jax.typeof(x), x, w, a, b, s, keep)
+        y, vjp = jax.vjp(f, x, a, b, s)
         return y, vjp(dy)
 
     args = operands(lead=(300,), n_in=520, n_out=700, r=4, dtype=dtype, factors="float32")
