@@ -56,7 +56,7 @@ def run(cell: study.Cell, data: Path) -> study.Cell:
         out = Path(scratch) / "run"
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = cli.main([*command(cell, data), "--out", str(out)])
-        if code == 2:
+        if code not in (0, 1):  # wrong options, or stopped
             raise RuntimeError(said.getvalue().strip().splitlines()[-1])
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         trained = json.loads((out / "config.json").read_text())["summary"]["trainable"]

@@ -8,8 +8,8 @@
 | grad_x  | ds A^T + dy W^T                 | the branch starts the accumulator and never leaves the chip  |
 
 With dropout, forward, grad_a and grad_x make the mask of a block from the key and the place of the block: it is never
-in memory. The numbers are those of `jax.random.bits` with JAX's default generator, Threefry, which enciphers the place of
-an entry (Salmon et al., 2011, https://doi.org/10.1145/2063384.2063405).
+in memory. The numbers are those of `jax.random.bits` with JAX's default generator, Threefry, which enciphers the place
+of an entry (Salmon et al., 2011, https://doi.org/10.1145/2063384.2063405).
 
 Layout: the rank is far below the 128 lanes of a register, so A is handed over transposed, [r, in], with its long axis
 on the lanes, and dA comes back the same way.
