@@ -13,6 +13,7 @@ of a TPU v5p do not hold is the compiler's own estimate, ~, which where both can
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import os
 import re
@@ -39,12 +40,13 @@ SIZES = (16, 24, 80, 141)
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `jlora finetune` calls --bf16, --remat, --loss-chunk and --quantize; and whether all weights are trained."""
+    """What `jlora finetune` calls --bf16, --remat, --loss-chunk, --quantize and --offload; and what is trained."""
 
     dtype: str = "bfloat16"
     remat: str = "layers"
     chunk: int = 256
     quantize: bool = False
+    offload: bool = False
     method: jlora.methods.Method = jlora.LoRA(16)  # noqa: B008
 
 
@@ -56,6 +58,7 @@ ROWS = {
     "+ remat layers": Options(chunk=0),
     "+ remat layers, loss in chunks": Options(),
     "+ remat layers, loss in chunks, NF4": Options(quantize=True),
+    "+ remat layers, loss in chunks, base on the host": Options(offload=True),
 }
 
 
@@ -93,7 +96,11 @@ def bytes_of_step(
     arguments = adapted.trainable, state, fixed, batch, key, jax.ShapeDtypeStruct((), jnp.int32)
     there = SingleDeviceSharding(device)
     put = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=there)
-    lowered = step.lower(*jax.tree.map(put, arguments))
+    arguments = jax.tree.map(put, arguments)
+    if options.offload:
+        arguments = (*arguments[:2], jlora.offload(arguments[2]), *arguments[3:])
+        step = jax.jit(functools.partial(_from_host, step, arguments[2].base), donate_argnums=(0, 1))
+    lowered = step.lower(*arguments)
     try:
         memory = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -104,6 +111,14 @@ def bytes_of_step(
         given = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments))
         return given, float(found[1]) * 2**30 - given, True
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes, False
+
+
+def _from_host(step, base, trainable, state, fixed, *rest):
+    """The step with what lies on the host typed so, which the types of arrays do and those of shapes do not."""
+    far = lambda leaf, given: (
+        jax.device_put(leaf, jax.memory.Space.Host) if given.sharding.memory_kind == "pinned_host" else leaf
+    )
+    return step(trainable, state, fixed.replace(base=jax.tree.map(far, fixed.base, base)), *rest)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from jlora.lift import capture as capture
 from jlora.lift import lift as lift
 from jlora.lift import usage as usage
 from jlora.merge import merge as merge
+from jlora.offload import offload as offload
 from jlora.repack import repack as repack
 from jlora.weight import Axes as Axes
 

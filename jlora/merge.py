@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 from jlora import paths
 from jlora.adapt import Adapted
 from jlora.methods.base import Site
-from jlora.storage import Stored, dense, is_stored, one_by_one
+from jlora.storage import Stored, dense, is_stored, near, one_by_one
 from jlora.weight import Params
 
 
@@ -72,7 +72,7 @@ def _merged(adapted: Adapted, path: str, leaf: Any, site: Site, allow_tied_chang
 
 
 def _effective(leaf: jax.Array, p: Params, *, site: Site) -> jax.Array:
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
+    leaf, wide = near(leaf), jnp.promote_types(leaf.dtype, jnp.float32)
     if site.method.whole_leaf:
         return site.method.weight(leaf.astype(wide), p).astype(leaf.dtype)
     one = lambda w, own: site.method.weight(w, own._replace(shared=p.shared))
@@ -103,6 +103,7 @@ def _each_matrix(fn: Callable, leaf: Stored, p: Params, site: Site) -> Any:
 
     def one(each: tuple[Stored, Params]) -> Any:
         stored, own = each
+        stored = near(stored)
         return fn(stored, site.method.weight(stored.matrix().astype(wide), own._replace(shared=p.shared)))
 
     return one_by_one(one, site.canonical_shape[0])((leaf, p._replace(shared=None)))

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 
@@ -45,7 +46,7 @@ class Stored:
         fn = type(self).matrix
         for _ in self.stack_shape:
             fn = jax.vmap(fn)
-        return fn(self)
+        return fn(near(self))
 
     def then(self, step: Cast | Cut) -> Stored:
         return Later(self, (step,))
@@ -58,6 +59,27 @@ def is_stored(x: Any) -> bool:
 def dense(x: Any) -> Any:
     """A stored leaf as an array of its shape and dtype; anything else as it is."""
     return x.dequantize() if is_stored(x) else x
+
+
+def is_far(x: Any) -> bool:
+    """Whether an array, or what is stored, lies in the host's memory by its type (``jlora.offload``)."""
+    return any(_is_far(part) for part in jax.tree.leaves(x))
+
+
+def near(x: Any) -> Any:
+    """The same in the memory of the device, where one computes."""
+    return jax.tree.map(lambda part: _near(part) if _is_far(part) else part, x)
+
+
+def _near(x: Array) -> Array:
+    x = jax.device_put(x, jax.memory.Space.Device)
+    # In the order that it comes in. A TPU's compiler would rather have some matrices the other way round, and cannot
+    # slice a layer out of a host's array so: it ends the process (libtpu 0.0.42).
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _is_far(x: Any) -> bool:
+    return isinstance(x, jax.Array) and jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
 def is_abstract(leaf: Any) -> bool:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jlora.factors import Factors
-from jlora.storage import Cast, Cut, Stored, Take, is_stored
+from jlora.storage import Cast, Cut, Stored, Take, is_stored, near
 
 STACK, IN, OUT = "stack", "in", "out"
 
@@ -354,7 +354,7 @@ class AdaptedWeight:
             return self.base.canonical()
         flat = [atom for label in self.labels for atom in label]
         order = [*self.group(STACK), *self.group(IN), *self.group(OUT)]
-        base = turned(self.base.reshape([atom.size for atom in flat]), flat)
+        base = turned(near(self.base).reshape([atom.size for atom in flat]), flat)
         if flat != order:
             base = base.transpose([flat.index(atom) for atom in order])
         n = len(self.stack_shape)

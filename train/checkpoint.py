@@ -28,6 +28,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from jlora.storage import near
 from jlora.train import distributed
 from jlora.train.config import RunError, UserError
 
@@ -46,6 +47,7 @@ def checksums(leaves: Sequence[Any]) -> list[int]:
 
 def _checksums(leaves: Sequence[jax.Array]) -> list[jax.Array]:
     def of(x: jax.Array) -> jax.Array:
+        x = near(x)
         if jnp.iscomplexobj(x):
             x = jnp.stack([x.real, x.imag])
         if jnp.issubdtype(x.dtype, jnp.floating):

@@ -152,6 +152,11 @@ def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = Non
             seed=config.train.seed, progress=lambda batches: reporter.track(batches, "calibrating"),
         ),
     )  # fmt: skip
+    if config.model.offload:
+        if config.data.task == "dpo" and not config.data.reference_free:
+            raise UserError("--offload and --task dpo: its reference is the base, read as a whole; try --quantize nf4")
+        with loading.user_errors():
+            adapted = jlora.offload(adapted)
     config = resolve_steps(resolve_rate(config, task.learning_rate, task.rate_share), len(train))
     loading.abstract_arrays(config, adapted)  # an optimizer may refuse the parameters
     apply = jlora.lift(model.module.apply)

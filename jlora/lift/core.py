@@ -26,7 +26,7 @@ import jax.extend.core as jex
 import numpy as np
 
 from jlora import _compat, paths
-from jlora.storage import is_stored
+from jlora.storage import is_far, is_stored
 from jlora.weight import IN, AdaptedWeight, Context, Unadapted
 
 
@@ -268,10 +268,11 @@ def _stand_in(x: Any) -> Any:
     """What the function is traced with in the place of an operand."""
     if not is_adapted(x):
         return x
-    if not is_stored(x.base):
+    if not is_stored(x.base) and not is_far(x.base):
         return x.base
-    kind = jax.typeof(jax.tree.leaves(x.base)[0]).manual_axis_type
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=kind)
+    kind = jax.typeof(jax.tree.leaves(x.base)[0])
+    sharding = None if is_stored(x.base) or kind.sharding.mesh.empty else kind.sharding
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, manual_axis_type=kind.manual_axis_type)
 
 
 def run_traced(run: Run, fn: Callable, args: tuple, kwargs: dict) -> Any:

@@ -23,7 +23,7 @@ from jlora.factors import Factors
 from jlora.kernels import lora_linear, product
 from jlora.kernels.dropout import dropout
 from jlora.lift.core import Run, is_adapted, plain, rule
-from jlora.storage import Stored, is_stored
+from jlora.storage import Stored, is_far, is_stored, near
 from jlora.weight import IN, OUT, STACK, AdaptedWeight, Atom, Context, Params, Unadapted, turned
 
 
@@ -224,10 +224,24 @@ def _apply(run: Run, w: AdaptedWeight, dot: Any, x: Array, transposed: bool, bat
     in_axes = tuple(0 if atom in batched else None for atom in w.group(STACK))
     # Values that jit does not take (strings, say) are rare: they cost a trace for each use.
     forward = _forward if all(isinstance(v, jax.Array) for v in jax.tree.leaves(w.values)) else _forward.__wrapped__
-    base = w.base if is_stored(w.base) else w.canonical()
-    y, aux = forward(w.method, dot, transposed, in_axes, x, base, w.own, w.shared, ctx)
+
+    def call(w: AdaptedWeight, x: Array, base: Array | Stored, own: Params, key: Any) -> tuple[Array, Any]:
+        return forward(w.method, dot, transposed, in_axes, x, base, own, w.shared, dataclasses.replace(ctx, key=key))
+
+    y, aux = _fetched(call, w, x, ctx.key)
     run.report(w.path, aux)
     return y
+
+
+def _fetched(call: Callable, w: AdaptedWeight, x: Array, key: Any) -> tuple[Array, Any]:
+    """``call(w, x, its base for a product, its own parameters, key)``. A base in the host's memory comes to the device
+    here, and once more for the backward pass."""
+
+    def fetched(x: Array, base: Array | Stored, own: Params, key: Any) -> tuple[Array, Any]:
+        here = dataclasses.replace(w, base=near(base))
+        return call(here, x, here.base if is_stored(here.base) else here.canonical(), own, key)
+
+    return (jax.checkpoint(fetched, prevent_cse=False) if is_far(w.base) else fetched)(x, w.base, w.own, key)
 
 
 def _with_matrices(forward: Callable, x: Array, base: Array | Stored, own: Params, key: Any) -> tuple[Array, Any]:
@@ -239,11 +253,16 @@ def _with_matrices(forward: Callable, x: Array, base: Array | Stored, own: Param
 
 
 def _consume(run: Run, w: AdaptedWeight, x: Array, forward: Callable) -> Array:
-    """``forward(x, canonical weight, params, context)`` of a method, outside of what ``_forward`` maps."""
+    """``forward(weight, x, its canonical form, params, context)`` of a method, outside of what ``_forward`` maps."""
     ctx = run.context(w)
-    base = w.base if is_stored(w.base) else w.canonical()
-    call = lambda x, base, own, key: forward(x, base, own._replace(shared=w.shared), dataclasses.replace(ctx, key=key))
-    y, aux = _with_matrices(call, x, base, w.own, ctx.key)
+
+    def call(w: AdaptedWeight, *operands: Any) -> tuple[Array, Any]:
+        with_context = lambda x, base, own, key: forward(
+            w, x, base, own._replace(shared=w.shared), dataclasses.replace(ctx, key=key)
+        )
+        return _with_matrices(with_context, *operands)
+
+    y, aux = _fetched(call, w, x, ctx.key)
     run.report(w.path, aux)
     return y
 
@@ -358,7 +377,7 @@ def ragged_dot(run: Run, eqn: Any, values: list) -> list | None:
         return None
     dot = RaggedDot(group_sizes, eqn.params["precision"], eqn.params["preferred_element_type"])
 
-    def forward(x: Array, base: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
+    def forward(w: AdaptedWeight, x: Array, base: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
         one_key = dataclasses.replace(ctx, key=None if ctx.key is None else ctx.key[0])
         return w.method.forward(dot, x, base, p, one_key)
 
@@ -487,7 +506,7 @@ def conv_general_dilated(run: Run, eqn: Any, values: list) -> list | None:
     fits = set(_atoms(w, (out_axis,))) == set(w.group(OUT)) and set(_atoms(w, in_axes)) == set(w.group(IN))
     if not fits or w.stack_shape or eqn.params["batch_group_count"] != 1 or not w.backwards <= set(spec[2:]):
         return None
-    forward = lambda x, base, p, ctx: w.method.forward(ConvDot(w, base, eqn.params), x, base, p, ctx)
+    forward = lambda w, x, base, p, ctx: w.method.forward(ConvDot(w, base, eqn.params), x, base, p, ctx)
     return [_consume(run, w, x, forward)]
 
 
@@ -566,8 +585,11 @@ def gather(run: Run, eqn: Any, values: list) -> list | None:
         return None
     at = numbers.start_index_map.index(axis)
     ids = lax.slice_in_dim(ids, at, at + 1, axis=ids.ndim - 1)
-    stored = w.base if is_stored(w.base) else None
-    forward = lambda ids, base, p, ctx: w.method.forward(LookupDot(eqn.params, stored, base), ids, base, p, ctx)
+
+    def forward(w: AdaptedWeight, ids: Array, base: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
+        stored = w.base if is_stored(w.base) else None
+        return w.method.forward(LookupDot(eqn.params, stored, base), ids, base, p, ctx)
+
     y = _consume(run, w, ids, forward)
     y = _from_canonical(y, y.ndim - 1, [w.labels[a] for a in rest], [w.shape[a] for a in rest])
     n = ids.ndim - 1

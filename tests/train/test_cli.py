@@ -270,6 +270,15 @@ def test_adapter_of_another_model_is_refused(run, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "m").exists()
 
 
+def test_a_base_on_the_host_trains_the_same(run, tiny_options, tmp_path, capsys):
+    out = tmp_path / "far"
+    assert main([*tiny_options, "--offload", "--remat", "layers", "--out", str(out)]) == 0
+    near, far = (json.loads((path / "results.json").read_text())["after"]["eval_nll"] for path in (run, out))
+    assert far == pytest.approx(near, rel=1e-5)
+    refused = [*tiny_options, "--offload", "--method", "full"]
+    check_refused(refused, "no adapted matrix to move", capsys, tmp_path / "no")
+
+
 @pytest.mark.parametrize("method", ["dora", pytest.param("vera", marks=pytest.mark.slow), "full"])
 def test_other_methods_train_and_come_back(method, tiny_options, compile_once, tmp_path, capsys):
     options = [*tiny_options, "--method", method, "--steps", "2", "--out", str(tmp_path / "run"), "--no-generate"]
