@@ -66,7 +66,8 @@ def lora_linear(
         `"plain"`: the formula, differentiated by JAX. It defines the meaning, and is the only one with forward mode
         (`jvp`, `jacfwd`, `hessian`).
         `"custom_vjp"`: XLA products, with the gradient written by hand.
-        `"pallas"`: fused TPU kernels, for bfloat16 and float32. Over several devices, call it inside `jax.shard_map`.
+        `"pallas"`: fused TPU kernels, for bfloat16 and float32. The compiler partitions them with their operands; with
+        explicit sharding, call it inside `jax.shard_map`.
         `"pallas_interpret"`: the same kernels emulated on any platform and in any dtype. For tests; it is slow. Under
         `jax.experimental.pallas.tpu.force_tpu_interpret_mode()` a TPU's memories and copies are simulated as well.
         `None` means `"custom_vjp"` on every platform, until the kernels have been timed on a TPU.

@@ -33,6 +33,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jlora.kernels.dropout import threshold
 from jlora.kernels.lora_linear import Pieces
+from jlora.kernels.partition import partitioned
 
 # Blocks of tokens, and of `in` and `out`. Two buffers of each operand and the accumulator take about 3 MiB of VMEM in
 # bfloat16. read_dy has no large weight to hold and takes wider blocks, so that its partial sums of u are few.
@@ -43,7 +44,7 @@ _WIDE = 2048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PallasPieces(Pieces):
-    """The products as TPU kernels. Leading axes are merged: inside `shard_map` activations are local."""
+    """The products as TPU kernels. Each is partitioned with its operands; then the leading axes, local, are merged."""
 
     interpret: ClassVar[bool] = False
 
@@ -62,11 +63,55 @@ class PallasPieces(Pieces):
             read = lambda refs: refs[0][...].astype(jnp.int32) != 0  # Mosaic compares no bytes on all TPUs
             return (_matrix(keep),), (block,), lambda refs, block, row, column: _zeroed(block, read(refs))
         kept = lambda refs, block, row, column: _zeroed(
-            block, _kept(refs[0], block.shape, row, column, n_in, self.dropout)
+            block, _kept(refs[0], _places(block.shape, row, column, n_in), self.dropout)
         )
         return (keep,), (pl.BlockSpec(memory_space=pltpu.SMEM),), kept
 
     def forward(self, x, w, a, b, scale, keep=None):
+        t, m = _tokens(x), _mask_names(x, keep)
+        rule = f"s, {t} i, i o, i r, r o{m} -> {t} o, {t} r"
+        fn = partitioned(self._forward, rule, sums=("i", "i"), whole="s r k", local=self._local(t, x, 5))
+        y, h = fn(scale.reshape(1), x, w, a, b, *_some(keep))
+        return y, checkpoint_name(h, "lora_h")
+
+    def read_dy(self, dy, h, b):
+        t = _tokens(dy)
+        fn = partitioned(self._read_dy, f"{t} o, {t} r, r o -> {t} r, r o", sums=("o", t), whole="r")
+        return fn(dy, h, b)
+
+    def grad_a(self, x, ds, a, keep=None):
+        t, m = _tokens(x), _mask_names(x, keep)
+        fn = partitioned(self._grad_a, f"{t} i, {t} r{m} -> i r", sums=(t,), whole="r k", local=self._local(t, x, 2))
+        return fn(x, ds, *_some(keep))[0]
+
+    def grad_x(self, dy, ds, w, a, x_type, keep=None):
+        t, m = _tokens(dy), _mask_names(dy, keep)
+        masked = self._local(t, x_type, 4)
+
+        def local(start, args):
+            dy, ds, *rest = masked(start, args)
+            return dy, jnp.where(start("o") == 0, ds, jnp.zeros_like(ds)), *rest  # once in the sum over o
+
+        rule = f"{t} o, {t} r, i o, i r{m} -> {t} i"
+        return partitioned(self._grad_x, rule, sums=("o",), whole="r k", local=local)(dy, ds, w, a, *_some(keep))[0]
+
+    def _local(self, t: str, x, at: int):
+        """A device's operands, with its part of the mask in the place of the key of it all."""
+
+        def local(start, args):
+            if len(args) <= at or args[at].dtype == jnp.int8:
+                return args
+            activation, n_in = args[1 if at == 5 else 0], args[2].shape[0] if at > 2 else args[0].shape[-1]
+            shape = (*activation.shape[:-1], n_in)
+            place = jnp.zeros(shape, jnp.int32)
+            for axis, name in enumerate((*t.split(), "i")):
+                index = start(name) + lax.broadcasted_iota(jnp.int32, shape, axis)
+                place = place * x.shape[axis] + index
+            return (*args[:at], _kept(args[at], place, self.dropout).astype(jnp.int8))
+
+        return local
+
+    def _forward(self, scale, x, w, a, b, keep=None):
         x2 = _matrix(x)
         (tokens, n_in), (rank, n_out) = x2.shape, b.shape
         bt, bi, bo = min(tokens, _TOKENS), min(n_in, _FEATURES), min(n_out, _FEATURES)
@@ -93,10 +138,10 @@ class PallasPieces(Pieces):
             ],
             scratch_shapes=[pltpu.VMEM((bt, bo), self.accumulate)],
             **self._options("parallel", "arbitrary", "arbitrary"),
-        )(scale.reshape(1), *masks, *self._operands(x2, w, a.T, b))
-        return y.reshape(*x.shape[:-1], n_out), checkpoint_name(h.reshape(*x.shape[:-1], rank), "lora_h")
+        )(scale, *masks, *self._operands(x2, w, a.T, b))
+        return y.reshape(*x.shape[:-1], n_out), h.reshape(*x.shape[:-1], rank)
 
-    def read_dy(self, dy, h, b):
+    def _read_dy(self, dy, h, b):
         dy2, h2 = _matrix(dy), _matrix(h)
         (tokens, n_out), rank = dy2.shape, b.shape[0]
         bt, bo = min(tokens, _TOKENS), min(n_out, _WIDE)
@@ -123,22 +168,23 @@ class PallasPieces(Pieces):
         )(*self._operands(dy2, h2, b))
         return u.sum(0).reshape(h.shape), h_dy
 
-    def grad_a(self, x, ds, a, keep=None):
+    def _grad_a(self, x, ds, keep=None):
         x2, ds2 = _matrix(x), _matrix(ds)
         (tokens, n_in), rank = x2.shape, ds2.shape[1]
         bt, bi = min(tokens, _TOKENS), min(n_in, _WIDE)
         of_x = pl.BlockSpec((bt, bi), lambda i, t: (t, i))
         masks, mask_specs, mask = self._mask(keep, n_in, of_x)
-        return pl.pallas_call(
+        da_t = pl.pallas_call(
             partial(_grad_a_kernel, dot=self._kernel_dot, mask=mask, tokens=tokens),
             grid=(pl.cdiv(n_in, bi), pl.cdiv(tokens, bt)),
             in_specs=[*mask_specs, pl.BlockSpec((bt, rank), lambda i, t: (t, 0)), of_x],
             out_specs=pl.BlockSpec((rank, bi), lambda i, t: (0, i)),
             out_shape=_like(x, (rank, n_in), self.accumulate),
             **self._options("parallel", "arbitrary"),
-        )(*masks, *self._operands(ds2, x2)).T
+        )(*masks, *self._operands(ds2, x2))
+        return (da_t.T,)
 
-    def grad_x(self, dy, ds, w, a, x_type, keep=None):
+    def _grad_x(self, dy, ds, w, a, keep=None):
         dy2, ds2 = _matrix(dy), _matrix(ds)
         (tokens, n_out), (n_in, rank) = dy2.shape, a.shape
         bt, bi, bo = min(tokens, _TOKENS), min(n_in, _FEATURES), min(n_out, _FEATURES)
@@ -159,7 +205,7 @@ class PallasPieces(Pieces):
             scratch_shapes=[pltpu.VMEM((bt, bi), self.accumulate)],
             **self._options("parallel", "parallel", "arbitrary"),
         )(*masks, *self._operands(dy2, ds2, w, a.T))
-        return dx.reshape(*dy.shape[:-1], n_in)
+        return (dx.reshape(*dy.shape[:-1], n_in),)
 
     def _operands(self, *arrays):
         return (v.astype(self.compute) for v in arrays)
@@ -176,6 +222,21 @@ class InterpretedPieces(PallasPieces):
     """The kernels run by Pallas' interpreter, which fills what lies beyond an edge, and fresh memory, with NaN."""
 
     interpret: ClassVar[bool] = True
+
+
+def _tokens(x) -> str:
+    """Names of the leading axes."""
+    return " ".join(f"t{axis}" for axis in range(x.ndim - 1))
+
+
+def _mask_names(x, keep) -> str:
+    if keep is None:
+        return ""
+    return f", {_tokens(x)} i" if keep.dtype == jnp.int8 else ", k"
+
+
+def _some(keep) -> tuple:
+    return () if keep is None else (keep,)
 
 
 def _matrix(v):
@@ -213,13 +274,16 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA
 
 
-def _kept(key, shape, row, column, width: int, dropout: float):
-    """`keep_mask` of a block of this shape, by row and column among such blocks, of an array so wide; in whole numbers
-    of 32 bits with a sign, which a TPU has. `key` are its two words."""
+def _places(shape, row, column, width: int):
+    """Of the entries of a block of this shape, by row and column among such blocks, the places in an array so wide."""
     place = (row * shape[0] + lax.broadcasted_iota(jnp.int32, shape, 0)) * width
-    place += column * shape[1] + lax.broadcasted_iota(jnp.int32, shape, 1)
+    return place + column * shape[1] + lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def _kept(key, place, dropout: float):
+    """`keep_mask` at these places, in whole numbers of 32 bits with a sign, which a TPU has; `key` is its two words."""
     keys = key[0], key[1], key[0] ^ key[1] ^ _PARITY
-    a, b = jnp.full(shape, keys[0]), place + keys[1]
+    a, b = jnp.full(place.shape, keys[0]), place + keys[1]
     for group in range(5):
         for bits in _ROTATIONS[group % 2]:
             a = a + b

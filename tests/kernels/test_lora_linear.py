@@ -285,11 +285,33 @@ def sharded_case(specs):
     return args, SPECS[specs], want
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
 @pytest.mark.parametrize("specs", SPECS)
-def test_partitioned_by_the_compiler(specs):
-    args, spec, want = sharded_case(specs)
+@pytest.mark.parametrize("implementation", WRITTEN)
+def test_partitioned_by_the_compiler(implementation, specs, rate):
+    """Masks are those of the whole array, whatever part of it a device has."""
+    args, spec, _ = sharded_case(specs)
+    options = dict(frozen_w=False, dropout=rate, key=jax.random.key(2))
+    want = jax.jit(value_and_grads(partial(lora_linear, implementation="plain", **options)))(*args)
     args = [jax.device_put(v, NamedSharding(mesh(AxisType.Auto), s)) for v, s in zip(args, spec, strict=True)]
-    assert_close(jax.jit(value_and_grads(partial(lora_linear, frozen_w=False)))(*args), want)
+    assert_close(jax.jit(value_and_grads(partial(lora_linear, implementation=implementation, **options)))(*args), want)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("spec", [P(None, None, "m"), P(None, "m")])
+def test_kernels_in_a_scan_are_partitioned(spec, remat):
+    """Each device multiplies its part of the weights: no operand of a kernel is gathered but the activations that the
+    layers' shardings say."""
+    (w, a, b), x = stacked_operands(n=32, tokens=8)
+    want = jax.jit(stack_of_layers("plain", remat))((w, a, b), x)
+    put = lambda v, s: jax.device_put(v, NamedSharding(mesh(AxisType.Auto), s))
+    of_a, of_b = (P(None, spec[1]), P(None, None, spec[2] if len(spec) > 2 else None))
+    params = put(w, spec), put(a, of_a), put(b, of_b)
+    step = jax.jit(stack_of_layers("pallas_interpret", remat))
+    assert_close(step(params, put(x, P("d"))), want)
+    text = step.lower(params, put(x, P("d"))).compile().as_text()
+    gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", text)
+    assert not {shape for shape in gathered if shape.endswith("32,32")}, gathered
 
 
 @pytest.mark.optimized
