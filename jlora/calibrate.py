@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jlora import paths
 from jlora.adapt import plan
+from jlora.lift.capture import input_weights
 from jlora.lift.core import lift
 from jlora.lift.usage import LeafUsage
 from jlora.lift.usage import usage as trace_usage
@@ -119,7 +120,8 @@ def calibrate(
       collect: names of the statistics to collect of all these weights in place of what the methods ask for; see
         ``Calibration``.
       token_weights: ``token_weights(batch)``, the weight of each token in the sums over inputs, 0 for padding: an
-        array of the inputs' leading axes, or flattened as they are. It does not act on gradients: mask the loss.
+        array of the inputs' leading axes, or flattened as they are. An input that is one for several tokens (a
+        pooler's) has the largest of theirs. It does not act on gradients: mask the loss.
       leaves_at_a_time: how many leaves' gradients are on the device at a time; those that are finished wait in host
         memory. There is one pass for each group, so ``batches`` can be gone through again (a list, say).
       progress: wraps the batches of each pass, like ``tqdm.tqdm``.
@@ -371,12 +373,7 @@ class _Observer:
         if weights is None:
             weighted, n = x, jnp.asarray(x.size // x.shape[-1], self.wide)
         else:
-            if weights.size != x.size // x.shape[-1]:
-                raise ValueError(
-                    f"token_weights has shape {weights.shape}, and an input of the weights {x.shape}: one number for "
-                    "each token is wanted. Leave out weights whose inputs are no tokens."
-                )
-            weights = weights.reshape(x.shape[:-1]).astype(self.wide)
+            weights = input_weights(weights, x).astype(self.wide)
             weighted, n = x * weights[..., None], weights.sum()
         made = {
             "n": lambda: n,

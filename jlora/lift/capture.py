@@ -8,6 +8,7 @@ over uses and microbatches and reduced over devices like any gradient.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -77,8 +78,7 @@ class _Tap:
         sums, omega = p.trainable, (p.frozen or {}).get("omega")
         if dot.kind == "linear" and "xx" in sums:
             weights = (ctx.values or {}).get("token_weights")
-            if weights is not None and weights.shape != x.shape[:-1]:
-                raise ValueError(f"token_weights has shape {weights.shape}, a captured input {x.shape}.")
+            weights = None if weights is None else input_weights(weights, x)
             x = _tap(x, weights, {name: sums[name] for name in ("xx", "x", "absx", "n")})
         if "g" in sums and omega is None:
             w = w + sums["g"].astype(w.dtype)
@@ -99,6 +99,19 @@ class _Tap:
 
     def dims(self, p: Params) -> Params:
         raise NotImplementedError("a tapped weight is not sliced along its inputs or outputs")
+
+
+def input_weights(weights: Array, x: Float[Array, "*tokens in"]) -> Float[Array, "*tokens"]:
+    """The weight of each input. One that stands for several tokens has the largest of theirs."""
+    lead = x.shape[:-1]
+    if weights.ndim > len(lead) > 0 and weights.shape[: len(lead)] == lead:
+        weights = weights.max(tuple(range(len(lead), weights.ndim)))
+    if weights.size != math.prod(lead):
+        raise ValueError(
+            f"token_weights has shape {weights.shape}, and an input of the weights {x.shape}: one number for each token "
+            "is wanted. Leave out weights whose inputs are no tokens."
+        )
+    return weights.reshape(lead)
 
 
 def capture(
@@ -122,7 +135,7 @@ def capture(
       gradient: "full" [in, out]; a number q for the sketch G @ omega [in, q], which forms no [in, out] gradient; or
         None.
       token_weights: weights of the tokens (0 for padding) in the statistics of the inputs, of the shape of the
-        activations' leading axes. It does not act on the gradient: mask the loss for that.
+        activations' leading axes; an input that is one for several tokens (a pooler's) has the largest of theirs. It does not act on the gradient: mask the loss for that.
       key: random key of the sketch.
 
     Returns:
