@@ -39,6 +39,7 @@ METHODS = {
     "LoRA-SB": "--method lora_xs --rank 8 --alpha 8 --init lora_sb --init-options learning_rate={rate}",
     "AdaLoRA": "--method adalora --rank 12 --alpha 24 --rank-schedule adalora --rank-schedule-options target_rank=8",
 }
+RATES = {"E2E": [1e-3, 3e-3, 1e-2, 3e-2], "TREC-6": [3e-4, 1e-3, 3e-3, 1e-2]}
 POINTS = 8  # of a curve
 
 
@@ -73,9 +74,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("."), help="where the files of TREC-6 are")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--rates", nargs="+", type=float, help="in the place of each task's grid")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--results", type=Path, default=Path("runs/starts.jsonl"))
     parser.add_argument("--figure", type=Path, default=Path("runs/starts.png"))
     args = parser.parse_args()
@@ -86,16 +87,14 @@ def main() -> None:
     drawing = Figure(figsize=(5 * len(args.tasks), 4), dpi=150, layout="constrained")
     panels = drawing.subplots(1, len(args.tasks), squeeze=False)[0]
     for axes, task in zip(panels, args.tasks, strict=True):
-        setting = {"task": task, "steps": args.steps}
-        found = study.tuned(
-            args.methods, args.rates, args.seeds, setting, args.results, lambda cell: run(cell, args.data)
-        )
+        setting, rates = {"task": task, "steps": args.steps}, args.rates or RATES[task]
+        found = study.tuned(args.methods, rates, args.seeds, setting, args.results, lambda cell: run(cell, args.data))
         columns = {"trained": lambda cells: f"{cells[0]['trained']:,}"}
         if task == "TREC-6":
             columns["accuracy"] = lambda cells: f"{sum(c['accuracy'] for c in cells) / len(cells):.3f}"
-        example = {"method": "LoRA", "rate": args.rates[0], "seed": 0, **setting}
+        example = {"method": "LoRA", "rate": rates[0], "seed": 0, **setting}
         print(f"{task}: jlora {shlex.join(command(example, Path('DIRECTORY')))}\n")
-        print(study.table(found, args.rates, columns), end="\n\n", flush=True)
+        print(study.table(found, rates, columns), end="\n\n", flush=True)
         every = max(1, args.steps // POINTS)
         study.draw(axes, found, lambda i, every=every: i * every)
         axes.set(title=task, xlabel="optimizer step", ylabel="held-out loss")

@@ -108,8 +108,8 @@ def input_weights(weights: Array, x: Float[Array, "*tokens in"]) -> Float[Array,
         weights = weights.max(tuple(range(len(lead), weights.ndim)))
     if weights.size != math.prod(lead):
         raise ValueError(
-            f"token_weights has shape {weights.shape}, and an input of the weights {x.shape}: one number for each token "
-            "is wanted. Leave out weights whose inputs are no tokens."
+            f"token_weights has shape {weights.shape}, and an input of the weights {x.shape}: one number for each "
+            "token is wanted. Leave out weights whose inputs are no tokens."
         )
     return weights.reshape(lead)
 
@@ -135,7 +135,8 @@ def capture(
       gradient: "full" [in, out]; a number q for the sketch G @ omega [in, q], which forms no [in, out] gradient; or
         None.
       token_weights: weights of the tokens (0 for padding) in the statistics of the inputs, of the shape of the
-        activations' leading axes; an input that is one for several tokens (a pooler's) has the largest of theirs. It does not act on the gradient: mask the loss for that.
+        activations' leading axes; an input that is one for several tokens (a pooler's) has the largest of theirs. They
+        do not act on the gradient: mask the loss for that.
       key: random key of the sketch.
 
     Returns:

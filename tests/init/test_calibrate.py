@@ -127,7 +127,7 @@ def test_one_input_for_several_tokens():
     x, mask = jnp.arange(24.0).reshape(3, 2, 4), jnp.array([[1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
     pooled = lambda params, x: jnp.sum((x @ params["each"]).mean(1) @ params["pooler"])
     params = {"each": jnp.eye(4), "pooler": jnp.ones((4, 2))}
-    stats = jlora.calibrate(pooled, params, [x], targets="**", collect=("n", "x"), token_weights=lambda x: mask)
+    stats = jlora.calibrate(pooled, params, [x], jlora.LoRA(1), "**", collect=("n", "x"), token_weights=lambda x: mask)
     assert stats.leaves["each"]["n"] == 3 and stats.leaves["pooler"]["n"] == 2
     np.testing.assert_allclose(stats.leaves["pooler"]["x"], x[jnp.array([0, 2])].mean(1).sum(0))
 
