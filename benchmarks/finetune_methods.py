@@ -34,6 +34,7 @@ OPTIONS: dict[str, str] = {
     "shira": "--rank 8",
     "loldu": "--rank 32",
     "noble": "--rank 8",
+    "sltrain": "--rank 32",
     "waveft": "--method-options n=512",
     "salt": "--method-options top=16",
     "vida": "--method-options high_rank=16",
