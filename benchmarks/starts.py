@@ -7,8 +7,9 @@ Two tasks: the shipped model on the shipped E2E, and MiniLM on TREC-6, whose tre
 (columns label and sentence) are in DIRECTORY. A run is `jlora finetune` with rank 8 and alpha 16 on all linear weights
 of the layers, batches of 16 rows, the schedule that it has by default; its options are printed. All methods see the
 same batches. The learning rate of each is the one of the grid whose held-out loss is lowest at the end of the first
-seed; then come the other seeds. Curves are of held-out losses. LoRA-SB trains r^2 numbers a weight; AdaLoRA starts at
-rank 12 and comes to 8 on the average. Prints Markdown tables; what is done is kept in --results, and not done again.
+seed; then come the other seeds, on the same held-out rows. Curves are of these losses. LoRA-SB trains r^2 numbers a
+weight; AdaLoRA starts at rank 12 and comes to 8 on the average. Prints Markdown tables; what is done is kept in
+--results, and not done again.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def main() -> None:
         print(f"{task}: jlora {shlex.join(command(example, Path('DIRECTORY')))}\n")
         print(study.table(found, rates, columns), end="\n\n", flush=True)
         every = max(1, args.steps // POINTS)
-        study.draw(axes, found, lambda i, every=every: i * every)
+        study.draw(axes, found, lambda i, every=every: (i - 1) * every)  # the first is that of the start
         axes.set(title=task, xlabel="optimizer step", ylabel="held-out loss")
     args.figure.parent.mkdir(parents=True, exist_ok=True)
     drawing.savefig(args.figure)

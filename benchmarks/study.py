@@ -106,18 +106,18 @@ def table(best: dict[str, list[Cell]], rates: Sequence[float], columns: dict[str
     one beyond."""
     mean = lambda cells, name: statistics.fmean(cell[name] for cell in cells)
     spread = lambda cells: statistics.stdev(c["test"] for c in cells) if len(cells) > 1 else 0.0
+    apart = any(cell["validation"] != cell["test"] for cells in best.values() for cell in cells)
+    losses = ["validation", "test"] if apart else ["loss"]
     lines = [
-        "| method | rate | validation | test | " + " | ".join(columns) + " |",
-        "| --- " + "| ---: " * (3 + len(columns)) + "|",
+        f"| method | rate | {' | '.join(losses)} | {' | '.join(columns)} |",
+        "| --- " + "| ---: " * (1 + len(losses) + len(columns)) + "|",
     ]
     for method, cells in sorted(best.items(), key=lambda item: mean(item[1], "test")):
         rate = cells[0]["rate"]
         edge = " (end of the grid)" if rate in (min(rates), max(rates)) else ""
         own = " | ".join(show(cells) for show in columns.values())
-        lines.append(
-            f"| {method} | {rate:g}{edge} | {mean(cells, 'validation'):.4f} | {mean(cells, 'test'):.4f} "
-            f"± {spread(cells):.4f} | {own} |"
-        )
+        chosen = f"{mean(cells, 'validation'):.4f} | " if apart else ""
+        lines.append(f"| {method} | {rate:g}{edge} | {chosen}{mean(cells, 'test'):.4f} ± {spread(cells):.4f} | {own} |")
     return "\n".join(lines)
 
 
