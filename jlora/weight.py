@@ -174,7 +174,8 @@ class Dot(Protocol):
 
     def factored(self, x: Array, w: Array, factors: Factors, context: Context, rate: float = 0.0) -> Array:
         """``dot(x, w) + scale * outer(inner(drop(x), a), b)``, in one fused kernel where there is one. ``rate`` is that
-        of the dropout; without a key in the context there is none."""
+        of the dropout; without a key in the context there is none, and none of the numbers of rows that are looked up.
+        """
 
 
 class MethodLike(Protocol):

@@ -70,7 +70,7 @@ class PallasPieces(Pieces):
     def forward(self, x, w, a, b, scale, keep=None):
         t, m = _tokens(x), _mask_names(x, keep)
         rule = f"s, {t} i, i o, i r, r o{m} -> {t} o, {t} r"
-        fn = partitioned(self._forward, rule, sums=("i", "i"), whole="s r k", local=self._local(t, x, 5))
+        fn = partitioned(self._forward, rule, sums=("i", "i"), whole="s r k", local=self._masked(t, x.shape, keep))
         y, h = fn(scale.reshape(1), x, w, a, b, *_some(keep))
         return y, checkpoint_name(h, "lora_h")
 
@@ -81,33 +81,33 @@ class PallasPieces(Pieces):
 
     def grad_a(self, x, ds, a, keep=None):
         t, m = _tokens(x), _mask_names(x, keep)
-        fn = partitioned(self._grad_a, f"{t} i, {t} r{m} -> i r", sums=(t,), whole="r k", local=self._local(t, x, 2))
+        local = self._masked(t, x.shape, keep)
+        fn = partitioned(self._grad_a, f"{t} i, {t} r{m} -> i r", sums=(t,), whole="r k", local=local)
         return fn(x, ds, *_some(keep))[0]
 
     def grad_x(self, dy, ds, w, a, x_type, keep=None):
         t, m = _tokens(dy), _mask_names(dy, keep)
-        masked = self._local(t, x_type, 4)
+        masked = self._masked(t, x_type.shape, keep)
 
-        def local(start, args):
-            dy, ds, *rest = masked(start, args)
-            return dy, jnp.where(start("o") == 0, ds, jnp.zeros_like(ds)), *rest  # once in the sum over o
+        def local(part, args):
+            dy, ds, *rest = masked(part, args)
+            first, _ = part("o")
+            return dy, jnp.where(first == 0, ds, jnp.zeros_like(ds)), *rest  # once in the sum over o
 
         rule = f"{t} o, {t} r, i o, i r{m} -> {t} i"
         return partitioned(self._grad_x, rule, sums=("o",), whole="r k", local=local)(dy, ds, w, a, *_some(keep))[0]
 
-    def _local(self, t: str, x, at: int):
-        """A device's operands, with its part of the mask in the place of the key of it all."""
+    def _masked(self, t: str, whole: tuple[int, ...], keep):
+        """A device's operands, the last of them its part of the mask in the place of the key of it all."""
 
-        def local(start, args):
-            if len(args) <= at or args[at].dtype == jnp.int8:
+        def local(part, args):
+            if keep is None or keep.dtype == jnp.int8:
                 return args
-            activation, n_in = args[1 if at == 5 else 0], args[2].shape[0] if at > 2 else args[0].shape[-1]
-            shape = (*activation.shape[:-1], n_in)
+            starts, shape = zip(*map(part, (*t.split(), "i")), strict=True)
             place = jnp.zeros(shape, jnp.int32)
-            for axis, name in enumerate((*t.split(), "i")):
-                index = start(name) + lax.broadcasted_iota(jnp.int32, shape, axis)
-                place = place * x.shape[axis] + index
-            return (*args[:at], _kept(args[at], place, self.dropout).astype(jnp.int8))
+            for axis, start in enumerate(starts):
+                place = place * whole[axis] + start + lax.broadcasted_iota(jnp.int32, shape, axis)
+            return (*args[:-1], _kept(args[-1], place, self.dropout).astype(jnp.int8))
 
         return local
 

@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Start = Callable[[str], Any]
-"""Of a factor: the first index of the part that a device has."""
+Part = Callable[[str], tuple[Any, int]]
+"""Of a factor: the first index of the part that a device has, and how many there are."""
 
 
 def partitioned(
@@ -23,7 +23,7 @@ def partitioned(
     *,
     sums: Sequence[str],
     whole: str = "",
-    local: Callable[[Start, tuple], tuple] = lambda start, args: args,
+    local: Callable[[Part, tuple], tuple] = lambda part, args: args,
 ) -> Callable[..., tuple[jax.Array, ...]]:
     """`fn`, of which each device of a mesh computes what it has the operands of. Inside `jax.shard_map` it is `fn`, and
     under `jax.vmap` it is not partitioned.
@@ -34,7 +34,7 @@ def partitioned(
     - `rule`: the factors of all axes, "t i, i o -> t o". An axis that is cut in one operand is cut in all.
     - `sums`: for each result the factors that it is the sum over, where they are cut.
     - `whole`: factors that are never cut.
-    - `local`: changes a device's operands by where its parts begin, before `fn` gets them.
+    - `local`: changes a device's operands by which parts it has, before `fn` gets them.
     """
     ins, outs = ([tuple(names.split()) for names in side.split(",")] for side in rule.split("->"))
 
@@ -56,8 +56,8 @@ def partitioned(
 
         def lower(*args: jax.Array) -> tuple[jax.Array, ...]:
             sizes = {n: s for names, arg in zip(ins, args, strict=True) for n, s in zip(names, arg.shape, strict=True)}
-            start = lambda name: lax.axis_index(axes[name]) * sizes[name] if name in axes else 0
-            found = fn(*local(start, args))
+            part = lambda name: (lax.axis_index(axes[name]) * sizes[name] if name in axes else 0, sizes[name])
+            found = fn(*local(part, args))
             over = [tuple(itertools.chain(*(axes.get(name, ()) for name in names.split()))) for names in sums]
             return tuple(lax.psum(out, some) if some else out for out, some in zip(found, over, strict=True))
 

@@ -126,6 +126,16 @@ def test_nothing_is_kept_on_the_device(remat: bool) -> None:
     assert not re.search(r"f32\[3,(8,16|16,8)\]", text)
 
 
+def test_layers_that_are_no_scan_fetch_twice() -> None:
+    """The compiler may not take the matrix of the forward pass for that of the backward pass, and so keep it."""
+    fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+    params = {"a": normal(0, (8, 16)), "b": normal(1, (16, 8))}
+    far = jlora.offload(jlora.adapt(params, jlora.LoRA(2), key=jax.random.key(0), fn=fn, args=(X,)))
+    loss = lambda trainable, fixed: jnp.sum(jlora.lift(fn)(fixed.bind(trainable), X))
+    text = str(jax.make_jaxpr(jax.grad(loss))(far.trainable, far.replace(trainable={})))
+    assert "prevent_cse=True" in text and "prevent_cse=False" not in text
+
+
 def test_on_a_mesh() -> None:
     lifted, adapted, x = adapted_model("scanned")
     wanted = value_and_grads(lifted, adapted, x)

@@ -57,8 +57,8 @@ class ModelOptions:
     quantize: Literal["none", "nf4", "int8"] = "none"
     """Hold the base's linear layers in about 4 (QLoRA) or 8 bits a weight; what is trained stays as it is."""
     offload: bool = False
-    """Hold the adapted weights in the host's memory, from where those of a layer come to the device when they
-    are used: less memory, more time."""
+    """Hold the adapted weights in the host's memory, from where those of a layer come to the device when they are used:
+    less memory, more time."""
 
 
 @dataclasses.dataclass(frozen=True)

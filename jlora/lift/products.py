@@ -241,7 +241,7 @@ def _fetched(call: Callable, w: AdaptedWeight, x: Array, key: Any) -> tuple[Arra
         here = dataclasses.replace(w, base=near(base))
         return call(here, x, here.base if is_stored(here.base) else here.canonical(), own, key)
 
-    return (jax.checkpoint(fetched, prevent_cse=False) if is_far(w.base) else fetched)(x, w.base, w.own, key)
+    return (jax.checkpoint(fetched) if is_far(w.base) else fetched)(x, w.base, w.own, key)
 
 
 def _with_matrices(forward: Callable, x: Array, base: Array | Stored, own: Params, key: Any) -> tuple[Array, Any]:

@@ -220,7 +220,7 @@ class Method:
         f = dot.per_matrix(self.factors, w, p)
         if f is None:
             return dot(x, dot.per_matrix(self.weight, w, p)), None
-        y = dot.factored(x, w, f, ctx, 0.0 if dot.kind == "lookup" else self.dropout)
+        y = dot.factored(x, w, f, ctx, self.dropout)
         gain = dot.per_matrix(self.output_gain, w, p)
         return (y if gain is None else dot.per_output(y, gain)), None
 

@@ -36,7 +36,7 @@ from jax.scipy.special import digamma, gammaln
 from jaxtyping import Array, Float
 
 from jlora.factors import Factors
-from jlora.methods.base import Method, Site, dropout, require, sharded_as
+from jlora.methods.base import Method, Site, require, sharded_as
 from jlora.methods.lora import LoRA
 from jlora.weight import Context, Dot, Params
 
@@ -110,10 +110,7 @@ class MonteCLoRA(Method):
             return super().forward(dot, x, w, p, ctx)
         key_drop, *keys = jax.random.split(ctx.key, 4)
         drawn, report = self.draw(keys, p.trainable)
-        if self.dropout == 0.0:
-            return dot.factored(x, w, drawn, ctx), report
-        h = dot.inner(dropout(x, self.dropout, key_drop), drawn.a) * drawn.scale
-        return dot(x, w) + dot.outer(h, drawn.b), report
+        return dot.factored(x, w, drawn, dataclasses.replace(ctx, key=key_drop), self.dropout), report
 
     def draw(self, keys: list[Any], own: Mapping[str, Any]) -> tuple[Factors, dict[str, Array]]:
         """The pair with a drawn A, and the terms of ``variational_loss``; experts have an axis in front."""
