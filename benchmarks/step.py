@@ -18,7 +18,8 @@ each a round, so that what disturbs the machine disturbs all of them. The figure
 | peft         | PEFT on torch, the same Llama from transformers; left out where they are not installed          |
 
 FLOPs and temporary memory are of the compiled program, exact and the same on every machine with the same XLA. (XLA
-counts the body of a scan once: with --scan the FLOPs are those of the unrolled model.)
+counts the body of a scan once: with --scan the FLOPs are those of the unrolled model.) The process has memory in pages
+of 2 MB, as that of `jlora finetune` has (docs/how-to/cpu.md); GLIBC_TUNABLES=glibc.malloc.hugetlb=0 keeps it from that.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from rich.console import Console
 from rich.table import Table
 
 import jlora
+from jlora.train.huge_pages import restart_with_huge_pages
 
 LEARNING_RATE = 1e-4
 
@@ -275,7 +277,8 @@ def main() -> None:
     ids = jax.random.randint(jax.random.key(2), (args.tokens // args.length, args.length), 0, config.vocab)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     console.print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].platform}; "
+        f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].platform}, "
+        f"{os.environ.get('GLIBC_TUNABLES', 'ordinary pages')}; "
         f"{versions('jax', 'jaxlib', 'torch', 'peft', 'transformers')}\n"
         f"{count / 1e6:.1f} M parameters, {ids.shape[0]} x {ids.shape[1]} tokens, float32, r={args.rank} on "
         f"{len(llama.LINEAR) * config.layers} linears, layers {'scanned' if args.scan else 'unrolled'}"
@@ -304,4 +307,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()

@@ -35,6 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def command() -> int:
+    """`main` for a process that does nothing else. One that trains starts over with huge pages, where it could."""
+    if sys.argv[1:2] == ["finetune"] and not {"-h", "--help"} & set(sys.argv):
+        from jlora.train.huge_pages import restart_with_huge_pages
+
+        restart_with_huge_pages()
+    return main()
+
+
 def _main(argv: list[str]) -> int:
     import tyro
 
@@ -125,4 +134,4 @@ def _quiet_orbax():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -15,6 +15,7 @@ def finetune(options: Sequence[str], doc: str, argv: Sequence[str] | None = None
     Of an option that is given twice the last counts. Without the paths, or with --help, `doc` is shown.
     """
     from jlora.train.cli import main
+    from jlora.train.huge_pages import restart_with_huge_pages
 
     given = list(sys.argv[1:] if argv is None else argv)
     paths = sum(option.startswith("{") for option in options)
@@ -23,4 +24,6 @@ def finetune(options: Sequence[str], doc: str, argv: Sequence[str] | None = None
         asked = "--help" in given
         print(doc.strip(), file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
+    if argv is None:  # the recipe is what this process is for
+        restart_with_huge_pages()
     return main(["finetune", *(option.format(*found) for option in options), *more])
