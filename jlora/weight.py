@@ -188,6 +188,12 @@ class MethodLike(Protocol):
 
     def forward_transposed(self, dot: Dot, x: Array, wt: Array, p: Params, ctx: Context) -> Array | None: ...
 
+    def is_branch(self, keyed: bool) -> bool: ...
+
+    def factors(self, w: Array, p: Params) -> Factors | None: ...
+
+    def output_gain(self, w: Array, p: Params) -> Array | None: ...
+
     def weight_in(self, w: Float[Array, "in out"], p: Params, values: Any) -> Float[Array, "in out"]: ...
 
     def dims(self, p: Params) -> Params: ...
@@ -199,6 +205,15 @@ class Unadapted:
 
     sliceable = frozenset({IN, OUT})
     lookup_only = False
+
+    def is_branch(self, keyed: bool) -> bool:
+        return False
+
+    def factors(self, w: Array, p: Params) -> None:
+        return None
+
+    def output_gain(self, w: Array, p: Params) -> None:
+        return None
 
     def forward(self, dot: Dot, x: Array, w: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
         return dot(x, w), None

@@ -2,6 +2,7 @@
 
 from jlora.kernels.column_norm import column_norm as column_norm
 from jlora.kernels.lora_linear import lora_linear as lora_linear
+from jlora.kernels.lora_linears import lora_linears as lora_linears
 from jlora.kernels.multi_lora import Groups as Groups
 from jlora.kernels.multi_lora import Slots as Slots
 from jlora.kernels.multi_lora import group_rows as group_rows

@@ -86,16 +86,11 @@ def lora_linear(
     """
     x, w, a, b = (jnp.asarray(v) for v in (x, w, a, b))
     _check_shapes(x, w, a, b, scale)
-    compute = jnp.result_type(x, w)
-    if not jnp.issubdtype(compute, jnp.inexact):
-        raise ValueError(f"got x of {x.dtype} and w of {w.dtype}; one of the two must be floating point")
-    out = jnp.dtype(compute if preferred_element_type is None else preferred_element_type)
-    accumulate = jnp.promote_types(jnp.promote_types(compute, jnp.float32), out)
-    pieces_class = _pieces_class(implementation, compute)
+    pieces_class = _pieces_class(implementation, jnp.result_type(x, w))
     if 0 in (x.size, w.size, a.size):
         pieces_class = Pieces  # an empty operand has nothing to put in a block
-    pieces = pieces_class(compute=compute, accumulate=accumulate, out=out, precision=precision)
-    scale = jnp.asarray(scale, accumulate)
+    pieces = pieces_class.of(x, w, precision, preferred_element_type)
+    scale = jnp.asarray(scale, pieces.accumulate)
     keep = None
     if key is not None and dropout:
         check_rate(dropout)
@@ -167,6 +162,16 @@ class Pieces:
     out: Any  # dtype of y
     precision: Any
     dropout: float = 0.0
+
+    @classmethod
+    def of(cls, x, w, precision=None, preferred_element_type=None):
+        """Those of ``x @ w``, which runs in the result type of the two and sums in float32 or wider."""
+        compute = jnp.result_type(x, w)
+        if not jnp.issubdtype(compute, jnp.inexact):
+            raise ValueError(f"got x of {x.dtype} and w of {w.dtype}; one of the two must be floating point")
+        out = jnp.dtype(compute if preferred_element_type is None else preferred_element_type)
+        accumulate = jnp.promote_types(jnp.promote_types(compute, jnp.float32), out)
+        return cls(compute=compute, accumulate=accumulate, out=out, precision=precision)
 
     def keep(self, x, key) -> Array:
         """What `keep` is for the other functions, where there is dropout: here the mask."""

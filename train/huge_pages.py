@@ -1,9 +1,9 @@
 """Memory on a CPU in pages of 2 MB.
 
 XLA's CPU backend takes the temporary memory of a program anew at every call and gives it back after. malloc asks the
-kernel for blocks so large and returns them to it, so that each page is cleared again at its first touch, 4 kB at a time:
-a fifth of a training step (docs/how-to/cpu.md). Since version 2.35 glibc asks for pages of 2 MB, five hundred times
-fewer, where the environment says so when a process starts.
+kernel for blocks so large and returns them to it, so that each page is cleared again at its first touch, 4 kB at a
+time: a fifth of a training step (docs/how-to/cpu.md). Since version 2.35 glibc asks for pages of 2 MB, five hundred
+times fewer, where the environment says so when a process starts.
 """
 
 import os

@@ -8,7 +8,8 @@ environment. Three things can happen at an equation:
 1. No operand is adapted: JAX evaluates it. Neighbouring equations of this kind are handed over together, and a run of
    them that has been seen before (the next layer of an unrolled model) as one call of a jitted function.
 2. An operand is adapted and there is a rule for the primitive (``layout.py``, ``products.py``, ``control.py``): the
-   rule carries the weight along, consumes it in a product through its method, or enters a loop's body with it.
+   rule carries the weight along, consumes it in a product through its method, or enters a loop's body with it. Products
+   of one activation with several weights (queries, keys and values) are computed together, at the first of them.
 3. There is no rule, or the rule does not apply: the effective weight is formed, once, and said so.
 
 All of this happens while tracing. What is compiled in the end is a program like one written by hand.
@@ -36,14 +37,28 @@ class MaterializeWarning(UserWarning):
 
 Rule = Callable[["Run", Any, list], "list | None"]
 RULES: dict[str, Rule] = {}
+LAYOUTS: set[str] = set()
+TOGETHER: dict[str, Callable[["Run", list, list[list]], "list[list | None]"]] = {}
 
 
-def rule(*primitives: str) -> Callable[[Rule], Rule]:
-    """Register a rule: ``(run, equation, operands) -> results``, or None where it does not apply."""
+def rule(*primitives: str, layout: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule: ``(run, equation, operands) -> results``, or None where it does not apply. ``layout``: it does
+    nothing but to change how a weight lies, so that it may be done earlier than the equation says."""
 
     def register(fn: Rule) -> Rule:
-        for name in primitives:
-            RULES[name] = fn
+        RULES.update(dict.fromkeys(primitives, fn))
+        LAYOUTS.update(primitives if layout else ())
+        return fn
+
+    return register
+
+
+def together(primitive: str) -> Callable:
+    """Register what computes several equations of one primitive at once, which have an operand in common that is not
+    adapted: ``(run, equations, operands of each) -> results of each``, None for those it leaves to the rule."""
+
+    def register(fn: Callable) -> Callable:
+        TOGETHER[primitive] = fn
         return fn
 
     return register
@@ -62,8 +77,8 @@ class Run:
       repeat: how often the equations run that are being evaluated (the lengths of the scans around them).
       seen: (path, primitive) of materializations already reported, shared by all runs of one trace.
       uses: path -> number of uses so far; gives every use of one weight its own random key.
-      calls: what two equal runs of equations have in common -> the function that evaluates them, None at the first.
-        Shared by all runs of one trace.
+      calls: what two equal computations have in common -> the jitted function that does them, None at the first. Shared
+        by all runs of one trace.
     """
 
     on_materialize: str = "warn"
@@ -98,6 +113,21 @@ class Run:
                 fold = jax.vmap(fold)
             keys = fold(keys)
         return Context(keys, w.values, self.implementation)
+
+    def call(self, fn: Callable, static: tuple, operands: tuple) -> Any:
+        """``fn(*static, *operands)``. What comes again with operands of the same types is jitted: the layers of an
+        unrolled model are then traced, differentiated and lowered once."""
+        leaves, treedef = jax.tree.flatten(operands)
+        if not all(
+            isinstance(leaf, jax.Array) for leaf in leaves
+        ):  # strings in a context, say, which jit does not take
+            return fn(*static, *operands)
+        key = fn, static, treedef, tuple(map(jax.typeof, leaves))
+        if key not in self.calls:
+            self.calls[key] = None
+            return fn(*static, *operands)
+        self.calls[key] = self.calls[key] or jax.jit(functools.partial(fn, *static))
+        return self.calls[key](*operands)
 
     def materialize(self, w: Any, where: str) -> Any:
         """The effective weight of an adapted value; other values as they are."""
@@ -168,14 +198,66 @@ def evaluate(run: Run, jaxpr: jex.ClosedJaxpr, args: Sequence[Any]) -> list:
         env.update(zip(keeps, fn(*map(read, needs)), strict=True))
         pending.clear()
 
+    products = _Products(jaxpr.eqns)
+    early: set[int] = set()  # equations that were evaluated before their turn
+
+    def evaluate_now(i: int) -> None:
+        eqn = jaxpr.eqns[i]
+        env.update(zip(eqn.outvars, step(run, eqn, list(map(read, eqn.invars))), strict=True))
+
+    def is_ready(v: Any) -> bool:
+        """Whether v is an adapted weight; or can be, by changes of its layout alone, which are then made."""
+        if is_var(v) and v not in env and products.layouts.get(v) is not None:
+            at = products.layouts[v]
+            if at not in early and is_ready(jaxpr.eqns[at].invars[0]):
+                early.add(at)
+                evaluate_now(at)
+        return is_var(v) and is_adapted(env.get(v))
+
     for i, eqn in enumerate(jaxpr.eqns):
+        if i in early:
+            continue
         if not any(is_var(v) and is_adapted(env.get(v)) for v in eqn.invars):
             pending.append(eqn)
             continue
         flush(i)
-        env.update(zip(eqn.outvars, step(run, eqn, list(map(read, eqn.invars))), strict=True))
+        shared = [v for v in eqn.invars if is_var(v) and not is_adapted(env.get(v))]
+        group = [j for j in products.beside(i, shared) if any(map(is_ready, jaxpr.eqns[j].invars))]
+        if len(group) > 1:
+            eqns = [jaxpr.eqns[j] for j in group]
+            results = TOGETHER[eqn.primitive.name](run, eqns, [list(map(read, e.invars)) for e in eqns])
+            for j, result in zip(group, results, strict=True):
+                if result is not None:
+                    early.add(j)
+                    env.update(zip(jaxpr.eqns[j].outvars, result, strict=True))
+        if i not in early:
+            evaluate_now(i)
     flush(len(jaxpr.eqns))
     return list(map(read, jaxpr.outvars))
+
+
+class _Products:
+    """Which equations of a jaxpr may be computed together.
+
+    Attributes:
+      layouts: variable -> the equation that makes it of one other and only changes how that lies.
+    """
+
+    def __init__(self, eqns: Sequence[Any]):
+        self._eqns, self.layouts, self._of = eqns, {}, {}
+        for i, eqn in enumerate(eqns):
+            name = eqn.primitive.name
+            if name in TOGETHER:
+                for v in eqn.invars:
+                    if not isinstance(v, jex.Literal):
+                        self._of.setdefault((name, v), []).append(i)
+            elif name in LAYOUTS and len(eqn.invars) == 1:
+                self.layouts.update(dict.fromkeys(eqn.outvars, i))
+
+    def beside(self, i: int, operands: list) -> list[int]:
+        """The equations from i on of the same primitive that have its only operand among ``operands``, too."""
+        sets = [self._of.get((self._eqns[i].primitive.name, v), []) for v in operands]
+        return [j for j in sets[0] if j >= i] if len(sets) == 1 else []
 
 
 def _evaluator(run: Run, invars: list, outvars: list, eqns: list) -> Callable:

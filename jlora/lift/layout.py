@@ -18,7 +18,10 @@ def _relaid(eqn: Any, w: AdaptedWeight) -> Any:
     return w.base if is_stored(w.base) else plain(eqn, [w.base])[0]
 
 
-@rule("convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint", "name", "pvary", "reshard")
+@rule(
+    "convert_element_type", "copy", "copy_p", "reduce_precision", "sharding_constraint", "name", "pvary", "reshard",
+    layout=True,
+)  # fmt: skip
 def same_layout(run: Run, eqn: Any, values: list) -> list | None:
     (w,) = values
     if is_stored(w.base):
@@ -52,13 +55,13 @@ def optimization_barrier(run: Run, eqn: Any, values: list) -> list | None:
     return [v.with_base(base) if is_adapted(v) else base for v, base in zip(values, bases, strict=True)]
 
 
-@rule("transpose")
+@rule("transpose", layout=True)
 def transpose(run: Run, eqn: Any, values: list) -> list | None:
     (w,) = values
     return [w.with_base(_relaid(eqn, w), [w.labels[axis] for axis in eqn.params["permutation"]])]
 
 
-@rule("rev")
+@rule("rev", layout=True)
 def rev(run: Run, eqn: Any, values: list) -> list | None:
     """The window of a transposed convolution. Only convolutions take what runs backwards."""
     (w,) = values
@@ -70,7 +73,7 @@ def rev(run: Run, eqn: Any, values: list) -> list | None:
     return [w.with_base(_relaid(eqn, w), labels)]
 
 
-@rule("reshape")
+@rule("reshape", layout=True)
 def reshape(run: Run, eqn: Any, values: list) -> list | None:
     w, *rest = values
     if rest or eqn.params["dimensions"] is not None:
@@ -79,14 +82,14 @@ def reshape(run: Run, eqn: Any, values: list) -> list | None:
     return None if reshaped is None else [reshaped]
 
 
-@rule("squeeze")
+@rule("squeeze", layout=True)
 def squeeze(run: Run, eqn: Any, values: list) -> list | None:
     (w,) = values
     drop = {axis % len(w.shape) for axis in eqn.params["dimensions"]}
     return [w.with_base(_relaid(eqn, w), [label for axis, label in enumerate(w.labels) if axis not in drop])]
 
 
-@rule("broadcast_in_dim")
+@rule("broadcast_in_dim", layout=True)
 def broadcast_in_dim(run: Run, eqn: Any, values: list) -> list | None:
     """``expand_dims``: a broadcast that only adds axes of size 1."""
     w, *rest = values
@@ -97,7 +100,7 @@ def broadcast_in_dim(run: Run, eqn: Any, values: list) -> list | None:
     return [w.with_base(_relaid(eqn, w), [at.get(axis, ()) for axis in range(len(shape))])]
 
 
-@rule("slice")
+@rule("slice", layout=True)
 def slice_(run: Run, eqn: Any, values: list) -> list | None:
     (w,) = values
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
@@ -127,7 +130,7 @@ def dynamic_slice(run: Run, eqn: Any, values: list) -> list | None:
     return [out]
 
 
-@rule("split")
+@rule("split", layout=True)
 def split(run: Run, eqn: Any, values: list) -> list | None:
     (w,) = values
     axis, parts, start = eqn.params["axis"], [], 0

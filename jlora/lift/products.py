@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from jlora.factors import Factors
-from jlora.kernels import lora_linear, product
+from jlora.kernels import lora_linear, lora_linears, product
 from jlora.kernels.dropout import dropout
-from jlora.lift.core import Run, is_adapted, plain, rule
+from jlora.lift.core import Run, is_adapted, plain, rule, together
 from jlora.storage import Stored, is_far, is_stored, near
 from jlora.weight import IN, OUT, STACK, AdaptedWeight, Atom, Context, Params, Unadapted, turned
 
@@ -153,80 +153,157 @@ class LinearDot(_Branch):
             key=context.key,
         )
 
+    def factored_together(self, x: Array, ws: list[Array], fs: list[Factors], context: Context) -> tuple[Array, ...]:
+        """``factored`` of several weights."""
+        return lora_linears(
+            x,
+            ws,
+            [f.a for f in fs],
+            [f.b for f in fs],
+            [f.scale for f in fs],
+            implementation=context.implementation,
+            precision=self.precision,
+            preferred_element_type=self.preferred,
+        )
+
 
 @rule("dot_general")
 def dot_general(run: Run, eqn: Any, values: list) -> list | None:
     lhs, rhs = values
     if is_adapted(lhs) and is_adapted(rhs):
-        lhs = run.materialize(lhs, "dot_general of two adapted weights")
+        values = lhs, rhs = run.materialize(lhs, "dot_general of two adapted weights"), rhs
     ((lc, rc), (lb, rb)) = eqn.params["dimension_numbers"]
-    (w, wc, wb, x, xc, xb) = (rhs, rc, rb, lhs, lc, lb) if is_adapted(rhs) else (lhs, lc, lb, rhs, rc, rb)
-    free = [axis for axis in range(len(w.shape)) if axis not in wc and axis not in wb]
+    w, wc, wb = (rhs, rc, rb) if is_adapted(rhs) else (lhs, lc, lb)
     if run.observe is not None:
+        free = [axis for axis in range(len(w.shape)) if axis not in wc and axis not in wb]
         flops = 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(w.shape[a] for a in wc)
         _observe(run, w, "linear", wc, wb, free, flops)
-        return plain(eqn, [v.base if is_adapted(v) else v for v in (lhs, rhs)])
-    batched, stack = set(_atoms(w, wb)), w.group(STACK)
-    if not jnp.issubdtype(x.dtype, jnp.floating) or not batched <= set(stack) or not w.foldable() or w.backwards:
+        return plain(eqn, [v.base if is_adapted(v) else v for v in values])
+    found = _MatrixProduct.of(run, eqn, values)
+    if found is None:
         return None
-    contracted = set(_atoms(w, wc))
-    transposed = contracted == set(w.group(OUT)) and contracted != set(w.group(IN))
-    if not transposed and contracted != set(w.group(IN)):
-        return None
-    if transposed and w.method.lookup_only:
+    if found.transposed and w.method.lookup_only:
         if not is_stored(w.base):
-            return plain(eqn, [w.base if v is w else v for v in (lhs, rhs)])
+            return plain(eqn, [v.base if is_adapted(v) else v for v in values])
         bare = dataclasses.replace(w, method=Unadapted(), own=Params(), shared=None, keys=None, values=None)
-        w, lhs, rhs = bare, bare if w is lhs else lhs, bare if w is rhs else rhs
+        found = dataclasses.replace(found, w=bare)
+    return [found.finish(_apply(run, found.w, found.dot, found.x, found.transposed, found.batched))]
 
-    # The activation as [*stack, ..., contracted], in canonical order.
-    n_free = len(x.shape) - len(xc) - len(xb)
-    x_free = [axis for axis in range(len(x.shape)) if axis not in xc and axis not in xb]
-    x = x.transpose([*xb, *x_free, *xc]) if (*xb, *x_free, *xc) != tuple(range(len(x.shape))) else x
-    x = _to_canonical(x, len(xb) + n_free, [w.labels[a] for a in wc], flatten=True)
-    x = _to_canonical(x, 0, [w.labels[a] for a in wb], flatten=False)
 
-    spec, out = None, eqn.params["out_sharding"]
-    if out is not None:
-        if wb:
-            return None
-        full = [*out.spec, *(None,) * (n_free + len(free) - len(out.spec))]
-        of_w, of_x = (full[: len(free)], full[len(free) :]) if w is lhs else (full[n_free:], full[:n_free])
-        spec = PartitionSpec(*of_x, *of_w[:1])  # foldable: only the slowest axis is sharded
-        if any(entry is not None for entry in of_w[1:]):
-            return None
-    dot = LinearDot(
-        eqn.params["precision"],
-        eqn.params["preferred_element_type"],
-        "transposed" if transposed else "linear",
-        spec,
-        run.implementation,
+@together("dot_general")
+def dot_generals(run: Run, eqns: list, values: list[list]) -> list[list | None]:
+    """Products of one activation with several weights, whose branches share what they do with it."""
+    none: list[list | None] = [None] * len(eqns)
+    products = [
+        _MatrixProduct.of(run, *given) if run.observe is None else None for given in zip(eqns, values, strict=True)
+    ]
+    first = products[0]
+    if first is None:
+        return none
+    alike = lambda p: p is not None and p.is_branch() and p.x is first.x and p.dot == first.dot
+    chosen = [i for i, p in enumerate(products) if first is not None and alike(p)]
+    if len(chosen) < 2 or chosen[0] != 0:
+        return none
+    ws = [products[i].w for i in chosen]
+    context = [run.context(w) for w in ws][0]
+    operands = (
+        first.x,
+        [w.base if is_stored(w.base) else w.canonical() for w in ws],
+        [w.own for w in ws],
+        dataclasses.replace(context, key=None, values=None),
     )
-    y = _apply(run, w, dot, x, transposed, batched)
+    ys = run.call(_forward_together, (tuple(w.method for w in ws), first.dot), operands)
+    results = dict(zip(chosen, ys, strict=True))
+    return [[products[i].finish(results[i])] if i in results else None for i in range(len(eqns))]
 
-    # From [*stack, ..., produced] to the order of the equation: batch, free of lhs, free of rhs. Where all matrices of
-    # a stack meet the same activation (every expert on every token), the stack axis is free, too.
-    every = [i for i, atom in enumerate(stack) if atom not in batched]
-    if every:
-        y = jnp.moveaxis(y, every, range(y.ndim - len(every), y.ndim))
-    start = y.ndim - 1 - len(every)
-    y = _from_canonical(y, start, [w.labels[a] for a in free], [w.shape[a] for a in free], n=1 + len(every))
-    y = _from_canonical(y, 0, [w.labels[a] for a in wb], [w.shape[a] for a in wb], n=len(stack) - len(every))
-    if w is lhs:
-        n_batch, n_w = len(wb), len(free)
-        y = jnp.moveaxis(y, range(n_batch + n_free, n_batch + n_free + n_w), range(n_batch, n_batch + n_w))
-    return [y if out is None else jax.reshard(y, out)]
+
+@dataclasses.dataclass(frozen=True)
+class _MatrixProduct:
+    """A product of an activation and a weight as a method computes it, and the way back to what the model wrote.
+
+    Attributes:
+      x: [*batched stack, ..., contracted], in canonical order.
+      transposed: the out group is contracted, as in a tied head.
+      batched: the stack axes that x has as well.
+    """
+
+    w: AdaptedWeight
+    x: Array
+    dot: LinearDot
+    transposed: bool
+    batched: set[Atom]
+    finish: Callable[[Array], Array]
+
+    @classmethod
+    def of(cls, run: Run, eqn: Any, values: Sequence[Any]) -> _MatrixProduct | None:
+        """None where there is no low-rank form: the contracted axes are not the whole of one group, say."""
+        lhs, rhs = values
+        if is_adapted(lhs) and is_adapted(rhs):
+            return None
+        ((lc, rc), (lb, rb)) = eqn.params["dimension_numbers"]
+        (w, wc, wb, x, xc, xb) = (rhs, rc, rb, lhs, lc, lb) if is_adapted(rhs) else (lhs, lc, lb, rhs, rc, rb)
+        free = [axis for axis in range(len(w.shape)) if axis not in wc and axis not in wb]
+        batched, stack = set(_atoms(w, wb)), w.group(STACK)
+        if not jnp.issubdtype(x.dtype, jnp.floating) or not batched <= set(stack) or not w.foldable() or w.backwards:
+            return None
+        contracted = set(_atoms(w, wc))
+        transposed = contracted == set(w.group(OUT)) and contracted != set(w.group(IN))
+        if not transposed and contracted != set(w.group(IN)):
+            return None
+
+        n_free = len(x.shape) - len(xc) - len(xb)
+        x_free = [axis for axis in range(len(x.shape)) if axis not in xc and axis not in xb]
+        x = x.transpose([*xb, *x_free, *xc]) if (*xb, *x_free, *xc) != tuple(range(len(x.shape))) else x
+        x = _to_canonical(x, len(xb) + n_free, [w.labels[a] for a in wc], flatten=True)
+        x = _to_canonical(x, 0, [w.labels[a] for a in wb], flatten=False)
+
+        spec, out = None, eqn.params["out_sharding"]
+        if out is not None:
+            if wb:
+                return None
+            full = [*out.spec, *(None,) * (n_free + len(free) - len(out.spec))]
+            of_w, of_x = (full[: len(free)], full[len(free) :]) if w is lhs else (full[n_free:], full[:n_free])
+            spec = PartitionSpec(*of_x, *of_w[:1])  # foldable: only the slowest axis is sharded
+            if any(entry is not None for entry in of_w[1:]):
+                return None
+        dot = LinearDot(
+            eqn.params["precision"],
+            eqn.params["preferred_element_type"],
+            "transposed" if transposed else "linear",
+            spec,
+            run.implementation,
+        )
+
+        def finish(y: Array) -> Array:
+            """From [*stack, ..., produced] to the order of the equation: batch, free of lhs, free of rhs. Where all
+            matrices of a stack meet the same activation (every expert on every token), the stack axis is free, too."""
+            every = [i for i, atom in enumerate(stack) if atom not in batched]
+            if every:
+                y = jnp.moveaxis(y, every, range(y.ndim - len(every), y.ndim))
+            start = y.ndim - 1 - len(every)
+            y = _from_canonical(y, start, [w.labels[a] for a in free], [w.shape[a] for a in free], n=1 + len(every))
+            y = _from_canonical(y, 0, [w.labels[a] for a in wb], [w.shape[a] for a in wb], n=len(stack) - len(every))
+            if w is lhs:
+                n_batch, n_w = len(wb), len(free)
+                y = jnp.moveaxis(y, range(n_batch + n_free, n_batch + n_free + n_w), range(n_batch, n_batch + n_w))
+            return y if out is None else jax.reshard(y, out)
+
+        return cls(w, x, dot, transposed, batched, finish)
+
+    def is_branch(self) -> bool:
+        """Whether it may share products of x: one matrix at hand, beside it a branch that sees x as it is."""
+        is_one = not self.transposed and not self.w.stack_shape and self.dot.out_spec is None
+        return is_one and not is_far(self.w.base) and self.w.method.is_branch(self.w.keys is not None)
 
 
 def _apply(run: Run, w: AdaptedWeight, dot: Any, x: Array, transposed: bool, batched: set[Atom]) -> Array:
     """The method's forward on canonical operands, mapped over the stack axes, of which x has the batched ones."""
     ctx = run.context(w)
     in_axes = tuple(0 if atom in batched else None for atom in w.group(STACK))
-    # Values that jit does not take (strings, say) are rare: they cost a trace for each use.
-    forward = _forward if all(isinstance(v, jax.Array) for v in jax.tree.leaves(w.values)) else _forward.__wrapped__
 
     def call(w: AdaptedWeight, x: Array, base: Array | Stored, own: Params, key: Any) -> tuple[Array, Any]:
-        return forward(w.method, dot, transposed, in_axes, x, base, own, w.shared, dataclasses.replace(ctx, key=key))
+        operands = x, base, own, w.shared, dataclasses.replace(ctx, key=key)
+        return run.call(_forward, (w.method, dot, transposed, in_axes), operands)
 
     y, aux = _fetched(call, w, x, ctx.key)
     run.report(w.path, aux)
@@ -244,12 +321,13 @@ def _fetched(call: Callable, w: AdaptedWeight, x: Array, key: Any) -> tuple[Arra
     return (jax.checkpoint(fetched) if is_far(w.base) else fetched)(x, w.base, w.own, key)
 
 
-def _with_matrices(forward: Callable, x: Array, base: Array | Stored, own: Params, key: Any) -> tuple[Array, Any]:
+def _with_matrices(forward: Callable, x: Array, base: Any, own: Any, key: Any) -> tuple[Any, Any]:
     """``forward(x, matrices, own, key)``. What is stored gives its matrices here, and once more for the backward pass:
     between the two only what is stored is kept, or a scan over layers would keep the matrices of all of them."""
-    if not is_stored(base):
+    if not any(map(is_stored, jax.tree.leaves(base, is_leaf=is_stored))):
         return forward(x, base, own, key)
-    return jax.checkpoint(lambda x, base, own, key: forward(x, base.canonical(), own, key))(x, base, own, key)
+    formed = lambda base: jax.tree.map(lambda w: w.canonical() if is_stored(w) else w, base, is_leaf=is_stored)
+    return jax.checkpoint(lambda x, base, own, key: forward(x, formed(base), own, key))(x, base, own, key)
 
 
 def _consume(run: Run, w: AdaptedWeight, x: Array, forward: Callable) -> Array:
@@ -267,7 +345,6 @@ def _consume(run: Run, w: AdaptedWeight, x: Array, forward: Callable) -> Array:
     return y
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _forward(
     method: Any,
     dot: Any,
@@ -279,8 +356,7 @@ def _forward(
     shared: Any,
     ctx: Context,
 ) -> tuple[Array, Any]:
-    """One product of a weight. Jitted, so that the layers of an unrolled model, which have the same shapes, are traced,
-    differentiated and lowered once."""
+    """One product of a weight."""
 
     def one(x: Array, w: Array, own: Params, key: Any) -> tuple[Array, Any]:
         p, c = own._replace(shared=shared), dataclasses.replace(ctx, key=key)
@@ -292,6 +368,21 @@ def _forward(
     for axis in reversed(in_axes):
         fn = jax.vmap(fn, in_axes=(axis, 0, 0, 0))
     return fn(x, base, own, ctx.key)
+
+
+def _forward_together(
+    methods: tuple, dot: LinearDot, x: Array, bases: list[Array | Stored], owns: list[Params], ctx: Context
+) -> list[Array]:
+    """The products of one x by weights whose methods are branches."""
+
+    def forward(x: Array, ws: list[Array], owns: list[Params], key: None) -> tuple[list[Array], None]:
+        layers = list(zip(methods, ws, owns, strict=True))
+        pairs = [method.factors(w, p) for method, w, p in layers]
+        ys = dot.factored_together(x, ws, pairs, ctx)
+        gains = [method.output_gain(w, p) for method, w, p in layers]
+        return [y if gain is None else dot.per_output(y, gain) for y, gain in zip(ys, gains, strict=True)], None
+
+    return _with_matrices(forward, x, bases, owns, None)[0]
 
 
 def _to_canonical(x: Array, start: int, labels: Sequence[tuple[Atom, ...]], flatten: bool) -> Array:

@@ -224,6 +224,15 @@ class Method:
         gain = dot.per_matrix(self.output_gain, w, p)
         return (y if gain is None else dot.per_output(y, gain)), None
 
+    def is_branch(self, keyed: bool) -> bool:
+        """Whether ``factors`` and ``output_gain`` say all that ``forward`` does, and x is what the model gave, with or
+        without a random key. Products of one x by such methods are computed together.
+
+        Not so where leaves share parameters: they may have one A, which XLA multiplies by x once as it is.
+        """
+        is_factored = type(self).forward is Method.forward and type(self).factors is not Method.factors
+        return is_factored and self.group is None and not (keyed and (self.dropout or self.draws))
+
     def forward_transposed(self, dot: Dot, x: Array, wt: Float[Array, "out in"], p: Params, ctx: Context) -> Array:
         """x times the transposed effective weight, given ``wt = w.T``. Dropout has no part in it."""
         w = wt.T

@@ -167,6 +167,9 @@ class DoRA(LoRA):
         norms = jax.lax.stop_gradient(column_norms(w, self.factors(w, p)))
         return p.trainable["magnitude"].astype(norms.dtype) / norms
 
+    def is_branch(self, keyed: bool) -> bool:
+        return self.inner.is_branch(keyed)
+
     def forward(self, dot: Dot, x: Array, w: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
         y, aux = self.inner.forward(dot, x, w, self._inner_params(p), ctx)
         return dot.per_output(y, dot.per_matrix(self.output_gain, w, p)), aux
