@@ -21,6 +21,7 @@ import llama
 import optax
 
 import jlora
+from jlora.train.huge_pages import restart_with_huge_pages
 
 WHERE = "layers/**"
 
@@ -186,4 +187,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     main()
