@@ -118,9 +118,8 @@ class Run:
         """``fn(*static, *operands)``. What comes again with operands of the same types is jitted: the layers of an
         unrolled model are then traced, differentiated and lowered once."""
         leaves, treedef = jax.tree.flatten(operands)
-        if not all(
-            isinstance(leaf, jax.Array) for leaf in leaves
-        ):  # strings in a context, say, which jit does not take
+        # A context may hold what jit does not take, strings say. That is rare, and costs a trace for each use.
+        if not all(isinstance(leaf, jax.Array) for leaf in leaves):
             return fn(*static, *operands)
         key = fn, static, treedef, tuple(map(jax.typeof, leaves))
         if key not in self.calls:

@@ -193,28 +193,41 @@ def dot_general(run: Run, eqn: Any, values: list) -> list | None:
 @together("dot_general")
 def dot_generals(run: Run, eqns: list, values: list[list]) -> list[list | None]:
     """Products of one activation with several weights, whose branches share what they do with it."""
-    none: list[list | None] = [None] * len(eqns)
-    products = [
-        _MatrixProduct.of(run, *given) if run.observe is None else None for given in zip(eqns, values, strict=True)
-    ]
+    results: list[list | None] = [None] * len(eqns)
+    if run.observe is not None or not _shares_x(_weight(values[0])):
+        return results
+    products = {i: _MatrixProduct.of(run, eqns[i], v) for i, v in enumerate(values) if _shares_x(_weight(v))}
     first = products[0]
-    if first is None:
-        return none
-    alike = lambda p: p is not None and p.is_branch() and p.x is first.x and p.dot == first.dot
-    chosen = [i for i, p in enumerate(products) if first is not None and alike(p)]
-    if len(chosen) < 2 or chosen[0] != 0:
-        return none
-    ws = [products[i].w for i in chosen]
-    context = [run.context(w) for w in ws][0]
+    if first is None or first.transposed or first.dot.out_spec is not None:
+        return results
+    chosen = {i: p for i, p in products.items() if p is not None and p.x is first.x and p.dot == first.dot}
+    if len(chosen) < 2:
+        return results
+    ws = [p.w for p in chosen.values()]
+    contexts = [run.context(w) for w in ws]
     operands = (
         first.x,
         [w.base if is_stored(w.base) else w.canonical() for w in ws],
         [w.own for w in ws],
-        dataclasses.replace(context, key=None, values=None),
+        dataclasses.replace(contexts[0], key=None, values=None),
     )
     ys = run.call(_forward_together, (tuple(w.method for w in ws), first.dot), operands)
-    results = dict(zip(chosen, ys, strict=True))
-    return [[products[i].finish(results[i])] if i in results else None for i in range(len(eqns))]
+    for (i, chosen_product), y in zip(chosen.items(), ys, strict=True):
+        results[i] = [chosen_product.finish(y)]
+    return results
+
+
+def _weight(values: Sequence[Any]) -> AdaptedWeight | None:
+    """The weight of a product, None where both operands are weights."""
+    adapted = list(filter(is_adapted, values))
+    return adapted[0] if len(adapted) == 1 else None
+
+
+def _shares_x(w: AdaptedWeight | None) -> bool:
+    """Whether a weight is one matrix at hand, with a branch beside it that sees x as it is."""
+    if w is None or w.stack_shape or is_far(w.base):
+        return False
+    return w.method.is_branch(w.keys is not None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,11 +302,6 @@ class _MatrixProduct:
             return y if out is None else jax.reshard(y, out)
 
         return cls(w, x, dot, transposed, batched, finish)
-
-    def is_branch(self) -> bool:
-        """Whether it may share products of x: one matrix at hand, beside it a branch that sees x as it is."""
-        is_one = not self.transposed and not self.w.stack_shape and self.dot.out_spec is None
-        return is_one and not is_far(self.w.base) and self.w.method.is_branch(self.w.keys is not None)
 
 
 def _apply(run: Run, w: AdaptedWeight, dot: Any, x: Array, transposed: bool, batched: set[Atom]) -> Array:
