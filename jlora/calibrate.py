@@ -30,7 +30,7 @@ from jlora.lift.usage import LeafUsage
 from jlora.lift.usage import usage as trace_usage
 from jlora.methods.base import Method, Site, unsharded
 from jlora.paths import Pattern
-from jlora.weight import AdaptedWeight, Axes, Context, Dot, Params
+from jlora.weight import AdaptedWeight, Axes, Context, Dot, MethodLike, Params
 
 # What there is, and its axes after those of the stack.
 STATISTICS = {
@@ -341,7 +341,7 @@ def _joined(first: Calibration, second: Calibration) -> Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Observer:
+class _Observer(MethodLike):
     """A method whose output is the base's, and that reports sums over its inputs.
 
     Attributes:

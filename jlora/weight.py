@@ -188,7 +188,9 @@ class MethodLike(Protocol):
 
     def forward_transposed(self, dot: Dot, x: Array, wt: Array, p: Params, ctx: Context) -> Array | None: ...
 
-    def is_branch(self, keyed: bool) -> bool: ...
+    def is_branch(self, keyed: bool) -> bool:
+        """Whether products of one x may be computed together, from ``factors`` and ``output_gain``."""
+        return False
 
     def factors(self, w: Array, p: Params) -> Factors | None: ...
 
@@ -200,20 +202,11 @@ class MethodLike(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Unadapted:
+class Unadapted(MethodLike):
     """The method of a stored weight that has none: its product is the base's."""
 
     sliceable = frozenset({IN, OUT})
     lookup_only = False
-
-    def is_branch(self, keyed: bool) -> bool:
-        return False
-
-    def factors(self, w: Array, p: Params) -> None:
-        return None
-
-    def output_gain(self, w: Array, p: Params) -> None:
-        return None
 
     def forward(self, dot: Dot, x: Array, w: Array, p: Params, ctx: Context) -> tuple[Array, Any]:
         return dot(x, w), None

@@ -22,7 +22,7 @@ from jlora.lift.core import lift
 from jlora.lift.usage import LeafUsage
 from jlora.lift.usage import usage as trace_usage
 from jlora.storage import is_stored
-from jlora.weight import AdaptedWeight, Context, Dot, Params
+from jlora.weight import AdaptedWeight, Context, Dot, MethodLike, Params
 
 
 class Stats(NamedTuple):
@@ -68,7 +68,7 @@ _tap.defvjp(_tap_fwd, _tap_bwd)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tap:
+class _Tap(MethodLike):
     """A method whose parameters are accumulators of zeros and whose output is the base's."""
 
     sliceable = frozenset()

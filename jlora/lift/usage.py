@@ -13,13 +13,13 @@ from jlora import paths
 from jlora.lift.core import Run, _is_array, run_traced
 from jlora.lift.products import Use
 from jlora.storage import is_stored
-from jlora.weight import AdaptedWeight, Atom, Axes, Params
+from jlora.weight import AdaptedWeight, Atom, Axes, MethodLike, Params
 
 _KINDS = {"linear": "linear", "ragged": "linear", "conv": "conv", "lookup": "embedding"}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Probe:
+class _Probe(MethodLike):
     """A method that changes nothing. Its weight's atoms are in no group yet: that is what is to be found out."""
 
     sliceable = frozenset({"axis"})

@@ -201,3 +201,17 @@ def test_what_usage_finds_is_what_it_was():
     assert {path: leaf.kinds for path, leaf in jlora.usage(attention, weights("q", "k", "v"), X).items()} == {
         "q": ("linear",), "k": ("linear",), "v": ("linear",)
     }  # fmt: skip
+
+
+def test_statistics_are_those_of_each_weight():
+    """What listens to a product has no branch, and sees each by itself."""
+    params = weights("q", "k", "v")
+    stats = jlora.capture(lambda p, x: jnp.sum(attention(p, x) ** 2), params, X)
+    x = X.reshape(-1, 12)
+    for path in "qkv":
+        np.testing.assert_allclose(stats[path].xx, x.T @ x, rtol=1e-5, atol=1e-5)
+    loss = lambda p, batch: jnp.sum(attention(p, batch) ** 2)
+    starting = jlora.LoRA(2, start=jlora.init.EVA())
+    calibration = jlora.calibrate(loss, params, [X, 2 * X], starting)
+    for path in "qkv":
+        np.testing.assert_allclose(calibration.leaves[path]["xx"], 5 * x.T @ x, rtol=1e-5, atol=1e-4)
