@@ -7,11 +7,11 @@ nor beyond the frozen model and the adapters' terms: for T tokens, 4 T in out + 
 import functools
 import math
 import re
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jaxprs import equations
 
 import jlora
 
@@ -133,18 +133,6 @@ def compiled(kind: str, stacked: bool = False):
 
 
 METHODS = {"lora": jlora.LoRA(RANK), "dora": jlora.DoRA(RANK), "vera": jlora.VeRA(RANK)}
-
-
-def equations(jaxpr, repeat: int = 1) -> Iterator[tuple]:
-    """(equation, how often it runs), of a jaxpr and of all within it."""
-    for eqn in jaxpr.eqns:
-        yield eqn, repeat
-        inner = repeat * eqn.params.get("length", 1) if eqn.primitive.name == "scan" else repeat
-        for param in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-            if hasattr(param, "jaxpr"):
-                yield from equations(param.jaxpr, inner)
-            elif hasattr(param, "eqns"):
-                yield from equations(param, inner)
 
 
 def products(jaxpr) -> list[tuple[tuple[int, ...], float]]:

@@ -114,19 +114,22 @@ class Run:
             keys = fold(keys)
         return Context(keys, w.values, self.implementation)
 
+    def again(self, key: Hashable | None, fn: Callable) -> Callable:
+        """``fn`` the first time that a key comes, its jitted form from then on: the layers of an unrolled model are
+        traced, differentiated and lowered once. None is no key."""
+        if key is None or key not in self.calls:
+            self.calls[key] = None
+            return fn
+        self.calls[key] = self.calls[key] or jax.jit(fn)
+        return self.calls[key]
+
     def call(self, fn: Callable, static: tuple, operands: tuple) -> Any:
-        """``fn(*static, *operands)``. What comes again with operands of the same types is jitted: the layers of an
-        unrolled model are then traced, differentiated and lowered once."""
+        """``fn(*static, *operands)``, jitted where it comes again with operands of the same types."""
         leaves, treedef = jax.tree.flatten(operands)
         # A context may hold what jit does not take, strings say. That is rare, and costs a trace for each use.
-        if not all(isinstance(leaf, jax.Array) for leaf in leaves):
-            return fn(*static, *operands)
-        key = fn, static, treedef, tuple(map(jax.typeof, leaves))
-        if key not in self.calls:
-            self.calls[key] = None
-            return fn(*static, *operands)
-        self.calls[key] = self.calls[key] or jax.jit(functools.partial(fn, *static))
-        return self.calls[key](*operands)
+        jittable = all(isinstance(leaf, jax.Array) for leaf in leaves)
+        key = (fn, static, treedef, tuple(map(jax.typeof, leaves))) if jittable else None
+        return self.again(key, functools.partial(fn, *static))(*operands)
 
     def materialize(self, w: Any, where: str) -> Any:
         """The effective weight of an adapted value; other values as they are."""
@@ -206,11 +209,10 @@ def evaluate(run: Run, jaxpr: jex.ClosedJaxpr, args: Sequence[Any]) -> list:
 
     def is_ready(v: Any) -> bool:
         """Whether v is an adapted weight; or can be, by changes of its layout alone, which are then made."""
-        if is_var(v) and v not in env and products.layouts.get(v) is not None:
-            at = products.layouts[v]
-            if at not in early and is_ready(jaxpr.eqns[at].invars[0]):
-                early.add(at)
-                evaluate_now(at)
+        at = products.layouts.get(v) if is_var(v) and v not in env else None
+        if at is not None and is_ready(jaxpr.eqns[at].invars[0]):
+            early.add(at)
+            evaluate_now(at)
         return is_var(v) and is_adapted(env.get(v))
 
     for i, eqn in enumerate(jaxpr.eqns):
@@ -263,12 +265,7 @@ def _evaluator(run: Run, invars: list, outvars: list, eqns: list) -> Callable:
     """A function that evaluates equations without adapted operands. A run of them that comes again is jitted: the
     layers of an unrolled model are then traced, differentiated and lowered once."""
     fn = jex.jaxpr_as_fun(_compat.sub_jaxpr(invars, outvars, eqns))
-    key = _structure(invars, outvars, eqns) if len(eqns) > 2 else None
-    if key is None or key not in run.calls:
-        run.calls[key] = None
-        return fn
-    run.calls[key] = run.calls[key] or jax.jit(fn)
-    return run.calls[key]
+    return run.again(_structure(invars, outvars, eqns) if len(eqns) > 2 else None, fn)
 
 
 def _structure(invars: list, outvars: list, eqns: list) -> Hashable | None:

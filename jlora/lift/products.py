@@ -153,7 +153,7 @@ class LinearDot(_Branch):
             key=context.key,
         )
 
-    def factored_together(self, x: Array, ws: list[Array], fs: list[Factors], context: Context) -> tuple[Array, ...]:
+    def factored_together(self, x: Array, ws: list[Array], fs: list[Factors]) -> tuple[Array, ...]:
         """``factored`` of several weights."""
         return lora_linears(
             x,
@@ -161,7 +161,7 @@ class LinearDot(_Branch):
             [f.a for f in fs],
             [f.b for f in fs],
             [f.scale for f in fs],
-            implementation=context.implementation,
+            implementation=self.implementation,
             precision=self.precision,
             preferred_element_type=self.preferred,
         )
@@ -204,16 +204,14 @@ def dot_generals(run: Run, eqns: list, values: list[list]) -> list[list | None]:
     if len(chosen) < 2:
         return results
     ws = [p.w for p in chosen.values()]
-    contexts = [run.context(w) for w in ws]
     operands = (
         first.x,
         [w.base if is_stored(w.base) else w.canonical() for w in ws],
         [w.own for w in ws],
-        dataclasses.replace(contexts[0], key=None, values=None),
     )
     ys = run.call(_forward_together, (tuple(w.method for w in ws), first.dot), operands)
-    for (i, chosen_product), y in zip(chosen.items(), ys, strict=True):
-        results[i] = [chosen_product.finish(y)]
+    for (i, p), y in zip(chosen.items(), ys, strict=True):
+        results[i] = [p.finish(y)]
     return results
 
 
@@ -379,14 +377,14 @@ def _forward(
 
 
 def _forward_together(
-    methods: tuple, dot: LinearDot, x: Array, bases: list[Array | Stored], owns: list[Params], ctx: Context
+    methods: tuple, dot: LinearDot, x: Array, bases: list[Array | Stored], owns: list[Params]
 ) -> list[Array]:
     """The products of one x by weights whose methods are branches."""
 
     def forward(x: Array, ws: list[Array], owns: list[Params], key: None) -> tuple[list[Array], None]:
         layers = list(zip(methods, ws, owns, strict=True))
         pairs = [method.factors(w, p) for method, w, p in layers]
-        ys = dot.factored_together(x, ws, pairs, ctx)
+        ys = dot.factored_together(x, ws, pairs)
         gains = [method.output_gain(w, p) for method, w, p in layers]
         return [y if gain is None else dot.per_output(y, gain) for y, gain in zip(ys, gains, strict=True)], None
 

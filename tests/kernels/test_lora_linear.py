@@ -11,6 +11,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxprs import equations
 
 from jlora.kernels import lora_linear, lora_linear_tpu
 from jlora.kernels.dropout import dropout
@@ -55,19 +56,8 @@ def assert_close(got, want, tolerance=1e-5):
         np.testing.assert_allclose(g, w, rtol=0, atol=tolerance * max(1.0, np.abs(w).max(initial=0)), err_msg=str(path))
 
 
-def equations(jaxpr):
-    """All equations, also those of inner programs."""
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for param in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-            if hasattr(param, "jaxpr"):
-                yield from equations(param.jaxpr)
-            elif hasattr(param, "eqns"):
-                yield from equations(param)
-
-
 def outputs_of(jaxpr, *primitives):
-    return [v.aval.shape for e in equations(jaxpr) if e.primitive.name in primitives for v in e.outvars]
+    return [v.aval.shape for e, _ in equations(jaxpr) if e.primitive.name in primitives for v in e.outvars]
 
 
 # ---- One meaning ----

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jaxprs import equations
 
 from jlora.kernels import lora_linear, lora_linears
 
@@ -100,21 +101,13 @@ def test_products_with_x_are_shared_and_its_weights_have_no_gradient():
     x, ws, as_, bs, scales = operands(n_in=48)
     grad = jax.grad(lambda x, as_, bs: sum(map(jnp.sum, lora_linears(x, ws, as_, bs, scales))), (0, 1, 2))
     closed = jax.make_jaxpr(grad)(x, as_, bs)
-    shapes = [eqn.outvars[0].aval.shape for eqn in _equations(closed.jaxpr) if eqn.primitive.name == "dot_general"]
+    shapes = [eqn.outvars[0].aval.shape for eqn, _ in equations(closed.jaxpr) if eqn.primitive.name == "dot_general"]
     assert sorted(shapes) == sorted(
         [(3, 5, 9)]  # h of all
         + [shape for out in (40, 8, 9) for shape in ((3, 5, out), (3, 5, out))]  # x W and h B
         + [shape for out in (40, 8, 9) for shape in ((3, 5, 3), (3, out), (3, 5, 48))]  # dy B^T, h^T dy, dy W^T
         + [(9, 48), (3, 5, 48)]  # x^T ds and ds A^T of all
     )
-
-
-def _equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for param in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-            if hasattr(param, "jaxpr") or hasattr(param, "eqns"):
-                yield from _equations(getattr(param, "jaxpr", param))
 
 
 def test_x_is_not_kept_where_no_a_is_trained():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxprs import equations
 
 import jlora
 
@@ -36,16 +37,8 @@ def adapt(params, model, method=None, **options):
 
 def sets(fn, *args):
     """How many products each set has that was computed together, in the program of ``fn``."""
-
-    def equations(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield eqn
-            for param in jax.tree.leaves(eqn.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
-                if hasattr(param, "jaxpr") or hasattr(param, "eqns"):
-                    yield from equations(getattr(param, "jaxpr", param))
-
     found = equations(jax.make_jaxpr(fn)(*args).jaxpr)
-    return sorted(len(eqn.outvars) for eqn in found if eqn.primitive.name == "custom_vjp_call")
+    return sorted(len(eqn.outvars) for eqn, _ in found if eqn.primitive.name == "custom_vjp_call")
 
 
 def check(model, adapted, want, context=None, rtol=1e-5):
