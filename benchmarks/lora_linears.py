@@ -9,11 +9,11 @@ float32 factors, on those of an 8B Llama; seconds and bytes are the compiler's o
 """
 
 import argparse
-import os
 
 import jax
 import jax.numpy as jnp
 from lora_linear import measure
+from memory import device_of
 
 from jlora.kernels import lora_linear, lora_linears
 
@@ -64,13 +64,7 @@ def main() -> None:
     args = parser.parse_args()
 
     print("| layers | | seconds | / frozen | GB accessed | temporary MB |\n|---|---|---|---|---|---|")
-    sharding = None
-    if args.tpu:
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        from jax.experimental import topologies
-
-        device = topologies.get_topology_desc(platform="tpu", topology_name=args.tpu).devices[0]
-        sharding = jax.sharding.SingleDeviceSharding(device)
+    sharding = jax.sharding.SingleDeviceSharding(device_of("tpu", args.tpu)) if args.tpu else None
     tokens, dtype = args.tokens or (8192 if args.tpu else 1024), "bfloat16" if args.tpu else "float32"
     for name, (n_in, outs) in LAYERS["tpu" if args.tpu else "cpu"].items():
         operands = shapes(tokens, n_in, outs, args.rank, dtype, sharding)

@@ -62,14 +62,14 @@ ROWS = {
 }
 
 
-def device_of(platform: str) -> jax.Device:
+def device_of(platform: str, topology: str = "v5p:2x2x1") -> jax.Device:
     """A device to compile for: of this machine, or a TPU's description."""
     if platform == "cpu":
         return jax.devices("cpu")[0]
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     from jax.experimental import topologies
 
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
 
 
 def bytes_of_step(
