@@ -155,6 +155,9 @@ class Pieces:
 
     The leading axes of activations stay as they are. Merging them into one axis is no faster here (XLA does it after
     it has partitioned the program), and would make it gather the activations where two of them are sharded.
+
+    Sums and multiples are written with `lax`: an operator is a jitted function of its own, and tracing one for new
+    shapes takes four times as long as the equation itself.
     """
 
     compute: Any  # dtype of the operands of every product
@@ -184,7 +187,10 @@ class Pieces:
     def forward(self, x, w, a, b, scale, keep=None) -> tuple[Float[Array, "*tokens out"], Float[Array, "*tokens r"]]:
         """(y, h): y in the output's dtype, h = x A in the accumulator's."""
         branch, h = self.branch(self.kept(x, keep), a, b, scale)
-        return (self.base(x, w) + branch).astype(self.out), h
+        return self.joined(self.base(x, w), branch), h
+
+    def joined(self, base, branch) -> Float[Array, "*tokens out"]:
+        return lax.convert_element_type(lax.add(base, branch), self.out)
 
     def base(self, x, w) -> Float[Array, "*tokens out"]:
         """x W."""
@@ -194,7 +200,7 @@ class Pieces:
         """(s h B, h)."""
         h = checkpoint_name(self.dot(x, a, -1, 0), "lora_h")
         # The scale goes on h, the smallest factor of the branch.
-        return self.dot(scale * h, b, -1, 0), h
+        return self.dot(lax.mul(scale, h), b, -1, 0), h
 
     def read_dy(self, dy, h, b) -> tuple[Float[Array, "*tokens r"], Float[Array, "r out"]]:
         """(u, h^T dy) with u = dy B^T: what is needed of dy for the factors."""
@@ -211,11 +217,16 @@ class Pieces:
 
     def grad_x(self, dy, ds, w, a, x_type, keep=None) -> Float[Array, "*tokens in"]:
         """ds A^T + dy W^T, sharded as x is."""
-        return self.dot(dy, w, -1, 1, like=x_type) + self.kept(self.dot(ds, a, -1, 1, like=x_type), keep)
+        return lax.add(self.dot(dy, w, -1, 1, like=x_type), self.kept(self.dot(ds, a, -1, 1, like=x_type), keep))
 
     def grad_w(self, x, dy, w) -> Float[Array, "in out"]:
         """x^T dy, sharded as w is."""
         return self.sum_over_tokens(x, dy, _explicit_sharding(w))
+
+    def grad_scale(self, h, u) -> Float[Array, ""]:
+        """sum(h * u)."""
+        products = lax.mul(lax.convert_element_type(h, u.dtype), u)
+        return lax.reduce_sum(products, tuple(range(u.ndim)))
 
     def dot(self, lhs, rhs, lhs_axis: int, rhs_axis: int, like=None):
         """Contract one axis of each."""
@@ -248,7 +259,7 @@ def _explicit_sharding(like, reverse: bool = False):
 
 def _plain(pieces: Pieces, frozen_w: bool, x, w, a, b, scale, keep):
     base = _frozen_base(pieces, x, w) if frozen_w else pieces.base(x, w)
-    return (base + pieces.branch(pieces.kept(x, keep), a, b, scale)[0]).astype(pieces.out)
+    return pieces.joined(base, pieces.branch(pieces.kept(x, keep), a, b, scale)[0])
 
 
 # Not lax.stop_gradient(w): JAX takes its result for a new array, and a scan over layers would then keep a stacked copy
@@ -284,12 +295,12 @@ def _bwd(pieces, frozen_w, x_type, residuals, dy):
     x, w, a, b, scale, keep, h = residuals
     dy = dy.astype(pieces.compute)
     u, h_dy = pieces.read_dy(dy, h, b)
-    ds = (scale * u).astype(pieces.compute)
+    ds = lax.mul(scale, u).astype(pieces.compute)
     dx = pieces.grad_x(dy, ds, w, a, x_type, keep).astype(x_type.dtype)
     da = None if x is None else pieces.grad_a(x, ds, a, keep).astype(a.dtype)
-    db = (scale * h_dy).astype(b.dtype)
+    db = lax.mul(scale, h_dy).astype(b.dtype)
     dw = None if frozen_w or x is None else pieces.grad_w(x, dy, w).astype(w.dtype)
-    return dx, dw, da, db, jnp.sum(h * u), None
+    return dx, dw, da, db, pieces.grad_scale(h, u), None
 
 
 _with_gradient.defvjp(_fwd, _bwd, symbolic_zeros=True)

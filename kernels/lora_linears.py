@@ -10,7 +10,6 @@ has one addition for all branches. Products of r columns are too narrow for most
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from functools import partial, reduce
 from typing import Any
@@ -77,10 +76,8 @@ def _apart(array: Float[Array, "*n r"], as_) -> list[Float[Array, "*n r_i"]]:
 def _forward(pieces: Pieces, x, ws, as_, bs, scales):
     h = checkpoint_name(pieces.dot(x, _together(pieces, as_), -1, 0), "lora_h")
     layers = zip(ws, bs, scales, _apart(h, as_), strict=True)
-    ys = tuple(
-        (pieces.base(x, w) + pieces.dot(scale * h_i, b, -1, 0)).astype(pieces.out) for w, b, scale, h_i in layers
-    )
-    return ys, h
+    branch = lambda b, scale, h: pieces.dot(lax.mul(scale, h), b, -1, 0)
+    return tuple(pieces.joined(pieces.base(x, w), branch(b, scale, h_i)) for w, b, scale, h_i in layers), h
 
 
 def _fwd(pieces, frozen_w, x_type, x, ws, as_, bs, scales):
@@ -100,15 +97,15 @@ def _bwd(pieces, frozen_w, x_type, residuals, dys):
     for i in used:
         dy, w, b, scale = dys[i].astype(pieces.compute), ws[i], bs[i], scales[i]
         u, h_dy = pieces.read_dy(dy, hs[i], b)
-        dss[i] = (scale * u).astype(pieces.compute)
-        dbs[i], dscales[i] = (scale * h_dy).astype(b.dtype), jnp.sum(hs[i] * u)
+        dss[i] = lax.mul(scale, u).astype(pieces.compute)
+        dbs[i], dscales[i] = lax.mul(scale, h_dy).astype(b.dtype), pieces.grad_scale(hs[i], u)
         dxs[i] = pieces.dot(dy, w, -1, 1, like=x_type)
         dws[i] = None if frozen_w or x is None else pieces.grad_w(x, dy, w).astype(w.dtype)
     if not used:
         return None, *(tuple(nothing) for _ in range(4))
     live = [as_[i] for i in used]
     ds, a = lax.concatenate([dss[i] for i in used], x_type.ndim - 1), _together(pieces, live)
-    dx = reduce(operator.add, [dxs[i] for i in used]) + pieces.dot(ds, a, -1, 1, like=x_type)
+    dx = reduce(lax.add, [*(dxs[i] for i in used), pieces.dot(ds, a, -1, 1, like=x_type)])
     if x is not None:
         for i, da in zip(used, _apart(pieces.grad_a(x, ds, a), live), strict=True):
             das[i] = da.astype(as_[i].dtype)

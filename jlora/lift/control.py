@@ -83,7 +83,11 @@ def scan(run: Run, eqn: Any, values: list) -> list | None:
     handed = _handed_back(p["jaxpr"], values)
     back = {i: values[j] for i, j in handed.items() if j == n_consts + i or i >= n_carry <= j - n_consts}
     stays = {i: w for i, w in back.items() if i < n_carry}
-    init = [run.materialize(v, "carry of a scan") for i, v in enumerate(init) if i not in stays]
+    init = {i: run.materialize(v, "carry of a scan") for i, v in enumerate(init) if i not in stays}
+    if run.implementation != "plain":  # the one with a forward mode
+        trained = _inexact([(w.own, w.shared) for w in values if is_adapted(w)])
+        init |= {i: _beside(init[i], trained) for i in _reached(p["jaxpr"], values, n_consts, n_carry) if i in init}
+    init = list(init.values())
     sliced = [_Sliced.of(run, v, "scan") for v in xs]
 
     def body(carry: list, xs: list) -> tuple[list, tuple[list, dict]]:
@@ -97,6 +101,40 @@ def scan(run: Run, eqn: Any, values: list) -> list | None:
     )
     run.absorb(aux)
     return _joined(back, [*carry, *ys])
+
+
+def _reached(jaxpr: jex.ClosedJaxpr, values: Sequence[Any], n_consts: int, n_carry: int) -> set[int]:
+    """The carries of a scan's body whose values depend on adapted weights, and differentiably so."""
+    invars, outvars = jaxpr.jaxpr.invars, dict(enumerate(jaxpr.jaxpr.outvars[:n_carry]))
+    live = {var for var, value in zip(invars, values, strict=True) if is_adapted(value)}
+    is_live = lambda v: not isinstance(v, jex.Literal) and v in live
+    while True:
+        for eqn in jaxpr.jaxpr.eqns:
+            if eqn.primitive.name != "stop_gradient" and any(map(is_live, eqn.invars)):
+                live.update(eqn.outvars)
+        carries = {invars[n_consts + i] for i, v in outvars.items() if is_live(v)}
+        if carries <= live:
+            return {i for i, v in outvars.items() if is_live(v) and _inexact(v.aval)}
+        live |= carries
+
+
+def _inexact(tree: Any) -> list:
+    """The leaves that have derivatives."""
+    return [leaf for leaf in jax.tree.leaves(tree) if jax.numpy.issubdtype(leaf.dtype, np.inexact)]
+
+
+@jax.custom_vjp
+def _beside(x: Any, trained: list) -> Any:
+    """x, with a derivative wherever one of ``trained`` has one.
+
+    JAX finds out by trying which carries of a scan have derivatives: it differentiates the body with those that come in
+    with one, and again with those that come out with one. What enters the layers has none if the embedding is frozen,
+    and what leaves a layer has one. Told so from the start, it differentiates the body once, to the same program.
+    """
+    return x
+
+
+_beside.defvjp(lambda x, trained: (x, None), lambda _, dy: (dy, None))
 
 
 class _Sliced:

@@ -135,6 +135,41 @@ def test_forward_mode_with_the_plain_implementation():
     np.testing.assert_allclose(slope, want, rtol=1e-4)
 
 
+def test_a_scan_over_layers_is_differentiated_once():
+    """And the carries that no adapted weight reaches stay without a derivative."""
+    counts = {"of the layers": 0, "of what stays": 0}
+
+    def counting(name):
+        @jax.custom_jvp
+        def first(x, *others):
+            return x
+
+        def jvp(primals, tangents):
+            counts[name] += 1
+            return primals[0], tangents[0]
+
+        first.defjvp(jvp, symbolic_zeros=True)  # traced anew where other operands have derivatives
+        return first
+
+    here, there = map(counting, counts)
+
+    def fn(params, x, x0):
+        def layer(carry, w):
+            x, table, stopped = carry
+            x = 0.1 * here(x @ w, x) + there(table) + there(stopped)
+            return (x, table + 1.0, jax.lax.stop_gradient(x.mean()) + 1.0), None
+
+        (x, *_), _ = jax.lax.scan(layer, (x, x0, x0), params["layers"])
+        return x.sum()
+
+    adapted = adapted_with_noise({"layers": jnp.stack([W, W, W]) / 4}, jlora.LoRA(2))
+    lifted = lambda t: jlora.lift(fn, on_materialize="error")(adapted.bind(t), X, jnp.ones(()))
+    grads = jax.grad(lifted)(adapted.trainable)
+    assert counts == {"of the layers": 1, "of what stays": 0}
+    want = jax.grad(lambda t: fn(jlora.merge(adapted.replace(trainable=t)), X, jnp.ones(())))(adapted.trainable)
+    jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-5), grads, want)
+
+
 # Reports and context.
 
 
