@@ -86,10 +86,11 @@ def lora_linear(
     """
     x, w, a, b = (jnp.asarray(v) for v in (x, w, a, b))
     _check_shapes(x, w, a, b, scale)
-    pieces_class = _pieces_class(implementation, jnp.result_type(x, w))
+    compute = jnp.result_type(x, w)
+    pieces_class = _pieces_class(implementation, compute)
     if 0 in (x.size, w.size, a.size):
         pieces_class = Pieces  # an empty operand has nothing to put in a block
-    pieces = pieces_class.of(x, w, precision, preferred_element_type)
+    pieces = pieces_class.of(compute, precision, preferred_element_type)
     scale = jnp.asarray(scale, pieces.accumulate)
     keep = None
     if key is not None and dropout:
@@ -167,11 +168,10 @@ class Pieces:
     dropout: float = 0.0
 
     @classmethod
-    def of(cls, x, w, precision=None, preferred_element_type=None):
-        """Those of ``x @ w``, which runs in the result type of the two and sums in float32 or wider."""
-        compute = jnp.result_type(x, w)
+    def of(cls, compute, precision=None, preferred_element_type=None):
+        """Those of products in ``compute``, the result type of x and w, which sum in float32 or wider."""
         if not jnp.issubdtype(compute, jnp.inexact):
-            raise ValueError(f"got x of {x.dtype} and w of {w.dtype}; one of the two must be floating point")
+            raise ValueError(f"got x and w of result type {compute}; one of the two must be floating point")
         out = jnp.dtype(compute if preferred_element_type is None else preferred_element_type)
         accumulate = jnp.promote_types(jnp.promote_types(compute, jnp.float32), out)
         return cls(compute=compute, accumulate=accumulate, out=out, precision=precision)

@@ -53,7 +53,7 @@ def lora_linears(
     if implementation not in (None, "custom_vjp") or len(layers) == 1 or len(kinds) > 1 or not x.size:
         one_by_one = partial(lora_linear, x, frozen_w=frozen_w, implementation=implementation, **options)
         return tuple(one_by_one(*layer) for layer in layers)
-    pieces = Pieces.of(x, arrays[0][0], **options)
+    pieces = Pieces.of(jnp.result_type(x, arrays[0][0]), **options)
     scales = [jnp.asarray(scale, pieces.accumulate) for scale in scales]
     x, *flat = _varying_together(x, *arrays[0], *arrays[1], *arrays[2], *scales)
     n = len(layers)

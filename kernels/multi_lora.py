@@ -159,19 +159,15 @@ def multi_lora(
     w = None if w is None else jnp.asarray(w)
     _check(x, w, slots, assignment)
     compute = x.dtype if w is None else jnp.result_type(x, w)
-    if not jnp.issubdtype(compute, jnp.inexact):
-        raise ValueError(f"got x and w of result type {compute}; one of the two must be floating point")
-    out = jnp.dtype(compute if preferred_element_type is None else preferred_element_type)
-    accumulate = jnp.promote_types(jnp.promote_types(compute, jnp.float32), out)
     pieces_class = _pieces_class(implementation, compute)
     if 0 in (x.size, slots.a.size, slots.b.size):
         pieces_class = EntryPieces  # an empty operand has nothing to put in a block
-    pieces = pieces_class(compute=compute, accumulate=accumulate, out=out, precision=precision)
+    pieces = pieces_class.of(compute, precision, preferred_element_type)
     assignment = assignment.astype(jnp.promote_types(assignment.dtype, jnp.int32))
     slot = jnp.clip(assignment, 0, slots.a.shape[0] - 1).astype(jnp.int32)
     adapted = slot == assignment
     rank = jnp.where(adapted, slots.rank[slot], 0).astype(jnp.int32)
-    scale = jnp.where(adapted, slots.scale.astype(accumulate)[slot], 0)
+    scale = jnp.where(adapted, slots.scale.astype(pieces.accumulate)[slot], 0)
     if implementation == "plain":
         return _plain(pieces, frozen_w, x, w, slots.a, slots.b, scale, slot, rank)
     weight = () if w is None else (w,)

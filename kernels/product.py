@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
@@ -33,9 +32,7 @@ def product(
         written by hand. Only what is differentiated is kept for it: no x for a constant m.
     - `precision`, `preferred_element_type`: as in `jax.lax.dot_general`.
     """
-    out = jnp.dtype(x.dtype if preferred_element_type is None else preferred_element_type)
-    accumulate = jnp.promote_types(jnp.promote_types(x.dtype, jnp.float32), out)
-    pieces = Pieces(compute=x.dtype, accumulate=accumulate, out=out, precision=precision)
+    pieces = Pieces.of(x.dtype, precision, preferred_element_type)
     if implementation == "plain":
         return _product(pieces, x, m)
     return _with_gradient(pieces, jax.typeof(x), *_varying_together(x, m))

@@ -63,15 +63,13 @@ def quantized_dot(
     x = jnp.asarray(x)
     _check(x, w, transposed)
     compute = jnp.result_type(x, w.dtype)
-    out = jnp.dtype(compute if preferred_element_type is None else preferred_element_type)
-    accumulate = jnp.promote_types(jnp.promote_types(compute, jnp.float32), out)
     pieces_class = _pieces_class(implementation, compute, w)
     if 0 in (x.size, *_matrix_shape(w)):
         pieces_class = QuantizedPieces  # an empty operand has nothing to put in a block
-    pieces = pieces_class(compute=compute, accumulate=accumulate, out=out, precision=precision)
+    pieces = pieces_class.of(compute, precision, preferred_element_type)
     axis = 1 if transposed else 0
     if implementation == "plain":
-        return pieces.multiply(x, w, axis).astype(out)
+        return pieces.multiply(x, w, axis).astype(pieces.out)
     leaves, treedef = jax.tree.flatten(w)
     x_varying, *leaves = _varying_together(x, *leaves)
     return _with_gradient(pieces, axis, jax.typeof(x_varying), x_varying, jax.tree.unflatten(treedef, leaves))
