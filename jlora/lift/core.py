@@ -7,9 +7,9 @@ environment. Three things can happen at an equation:
 
 1. No operand is adapted: JAX evaluates it. Neighbouring equations of this kind are handed over together, and a run of
    them that has been seen before (the next layer of an unrolled model) as one call of a jitted function.
-2. An operand is adapted and there is a rule for the primitive (``layout.py``, ``products.py``, ``control.py``): the
-   rule carries the weight along, consumes it in a product through its method, or enters a loop's body with it. Products
-   of one activation with several weights (queries, keys and values) are computed together, at the first of them.
+2. An operand is adapted and there is a rule for the primitive: the rule carries the weight along (``layout.py``),
+   consumes it in a product through its method (``products.py``), or enters a loop's body with it (``control.py``).
+   Products of one activation with several weights (queries, keys and values) are computed together, at the first.
 3. There is no rule, or the rule does not apply: the effective weight is formed, once, and said so.
 
 All of this happens while tracing. What is compiled in the end is a program like one written by hand.
