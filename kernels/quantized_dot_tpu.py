@@ -245,10 +245,10 @@ class _Nibbles:
 
 
 def _entries(places) -> Float[Array, "rows columns"]:
-    """`look_up(CODE, places)`, in registers."""
+    """`CODE.values(places)`, in registers."""
     lane = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
     table = jnp.zeros(lane.shape, jnp.float32)
-    for i, entry in enumerate(CODE.tolist()):
+    for i, entry in enumerate(CODE.entries.tolist()):
         table = jnp.where(lane == i, entry, table)
     table = jnp.broadcast_to(table, (places.shape[0], _LANES))
     starts = range(0, places.shape[1], _LANES)
@@ -264,7 +264,7 @@ def _magnitudes(w: NF4) -> Float[Array, "rows blocks"]:
 
 
 def _dynamic(places: UInt8[Array, "*n"]) -> Float[Array, "*n"]:
-    """`look_up(DYNAMIC_CODE, places)` by arithmetic. Its entry 127 is zero; k places from there is the middle of the
+    """`DYNAMIC_CODE.values(places)` by arithmetic. Its entry 127 is zero; k places from there is the middle of the
     part k - 2^e, of the 2^e equal parts of [0.1, 1], times 10^(e - 6), with e the number of bits of k less 1."""
     signed = places.astype(jnp.int32) - 127
     k = jnp.abs(signed)

@@ -22,15 +22,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from jlora.blockwise import blocks, dynamic_code, look_up, nearest
+from jlora.blockwise import Dynamic, Table, blocks
 from jlora.optim.moments import fields, is_second
 
-_LEVELS = np.arange(-7, 9, dtype=np.float32) / 7  # the last is not used: as many below zero as above
 CODES = {
-    "signed": dynamic_code(),
-    "unsigned": dynamic_code(signed=False),
-    "int8": np.arange(-127, 129, dtype=np.float32) / 127,
-    "int4": _LEVELS,
+    "signed": Dynamic(),
+    "unsigned": Dynamic(signed=False),
+    # The last is not used: as many below zero as above.
+    "int8": Table(np.arange(-127, 129, dtype=np.float32) / 127),
+    "int4": Table(np.arange(-7, 9, dtype=np.float32) / 7),
 }
 
 
@@ -76,7 +76,7 @@ class Blocks:
         parts = blocks(x, self.block)
         scales = jnp.max(jnp.abs(parts), axis=-1)
         parts = parts / jnp.where(scales > 0, scales, 1)[..., None]
-        places = nearest(parts, CODES[self.code])
+        places = CODES[self.code].nearest(parts)
         if self.code == "unsigned":  # what is divided by does not become 0
             places = jnp.where((places == 0) & (parts > 0), jnp.uint8(1), places)
         places = _first(places.reshape(*x.shape[:-1], -1), self.size)
@@ -91,7 +91,7 @@ class Blocks:
         codes, scales = (jnp.moveaxis(x, self.axis, -1) for x in (self.codes, self.scales))
         if self.code == "int4":
             codes = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(*codes.shape[:-1], -1)
-        values = blocks(look_up(CODES[self.code], _first(codes, self.size)), self.block)
+        values = blocks(CODES[self.code].values(_first(codes, self.size)), self.block)
         values = _first((values * scales[..., None]).reshape(*codes.shape[:-1], -1), self.size)
         return jnp.moveaxis(values, -1, self.axis)
 

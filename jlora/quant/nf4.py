@@ -32,21 +32,21 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt8
 
-from jlora.blockwise import blocks, dynamic_code, look_up, nearest
+from jlora.blockwise import Dynamic, Table, blocks
 from jlora.methods.base import unsharded
 from jlora.quant.leaf import Quantized, over
 
-CODE = np.float32(
-    """
-    -1 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
-    -0.09105003625154495 0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
-    0.44070982933044434 0.5626170039176941 0.7229568362236023 1
-    """.split()
+CODE = Table(
+    np.float32(
+        """
+        -1 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635 -0.18477343022823334
+        -0.09105003625154495 0 0.07958029955625534 0.16093020141124725 0.24611230194568634 0.33791524171829224
+        0.44070982933044434 0.5626170039176941 0.7229568362236023 1
+        """.split()
+    )
 )
+DYNAMIC_CODE = Dynamic()
 BLOCK_OF_MAGNITUDES = 256
-
-
-DYNAMIC_CODE = dynamic_code()
 
 
 @functools.partial(
@@ -98,14 +98,14 @@ class NF4(Quantized):
         n = rows.shape[1]
         parts = blocks(rows, self.block_size)
         magnitudes = jnp.max(jnp.abs(parts), axis=-1)
-        places = nearest(over(parts, magnitudes[..., None]), CODE).reshape(len(rows), -1)[:, : n + n % 2]
+        places = CODE.nearest(over(parts, magnitudes[..., None])).reshape(len(rows), -1)[:, : n + n % 2]
         codes = places[:, ::2] << 4 | places[:, 1::2]
         norms = mean = None
         if self.double:
             mean = jnp.mean(magnitudes)
             apart = blocks((magnitudes - mean).reshape(-1), BLOCK_OF_MAGNITUDES)
             norms = jnp.max(jnp.abs(apart), axis=-1)
-            places = nearest(over(apart, norms[:, None]), DYNAMIC_CODE)
+            places = DYNAMIC_CODE.nearest(over(apart, norms[:, None]))
             magnitudes = places.reshape(-1)[: magnitudes.size].reshape(magnitudes.shape)
             norms, mean = norms.astype(jnp.float32), mean.astype(jnp.float32)
         else:
@@ -117,14 +117,14 @@ class NF4(Quantized):
         """m."""
         if not self.double:
             return self.magnitudes.astype(self.wide)
-        apart = look_up(DYNAMIC_CODE, blocks(self.magnitudes.reshape(-1), BLOCK_OF_MAGNITUDES)).astype(self.wide)
+        apart = DYNAMIC_CODE.values(blocks(self.magnitudes.reshape(-1), BLOCK_OF_MAGNITUDES)).astype(self.wide)
         apart = apart * self.norms[:, None].astype(self.wide)
         m = self.mean.astype(self.wide) + apart.reshape(-1)[: math.prod(self.magnitudes.shape)]
         return m.reshape(self.magnitudes.shape)
 
     def _values(self, codes: UInt8[Array, "*n half"], magnitudes: Float[Array, "*n blocks"]) -> Array:
         """[*n, 2 half]."""
-        values = jnp.stack([look_up(CODE, codes >> 4), look_up(CODE, codes & 15)], axis=-1).astype(self.wide)
+        values = jnp.stack([CODE.values(codes >> 4), CODE.values(codes & 15)], axis=-1).astype(self.wide)
         values = values.reshape(*codes.shape[:-1], -1)
         return values * jnp.repeat(magnitudes, self.block_size, axis=-1)[..., : values.shape[-1]]
 

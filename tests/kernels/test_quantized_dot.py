@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jlora.blockwise import dynamic_code
+from jlora.blockwise import Dynamic
 from jlora.kernels import quantized_dot, quantized_dot_tpu
 from jlora.kernels.quantized_dot import _with_gradient
 from jlora.quant import NF4, Int8
@@ -138,7 +138,7 @@ def test_no_tokens(implementation):
 
 def test_the_table_of_magnitudes_by_arithmetic():
     places = jnp.arange(256, dtype=jnp.uint8)
-    np.testing.assert_allclose(quantized_dot_tpu._dynamic(places), dynamic_code(), rtol=3e-7)
+    np.testing.assert_allclose(quantized_dot_tpu._dynamic(places), Dynamic().entries, rtol=3e-7)
 
 
 # ---- Transformations ----

@@ -16,15 +16,29 @@ RANDOM = np.random.default_rng(0)
 
 def test_tables() -> None:
     """bitsandbytes' dynamic map: 2^e middles of equal parts of [0.1, 1] in the decade 10^(e-6), and 0 and 1."""
-    signed, unsigned = CODES["signed"], CODES["unsigned"]
+    signed, unsigned, int8, int4 = (CODES[name].entries for name in ("signed", "unsigned", "int8", "int4"))
     for code in CODES.values():
-        assert np.all(np.diff(code) > 0)
-    assert len(signed) == len(unsigned) == len(CODES["int8"]) == 256 and len(CODES["int4"]) == 16
+        n = len(code.entries)
+        assert np.all(np.diff(code.entries) > 0)
+        np.testing.assert_allclose(code.values(jnp.arange(n, dtype=jnp.uint8)), code.entries, rtol=3e-7)
+    assert len(signed) == len(unsigned) == len(int8) == 256 and len(int4) == 16
     np.testing.assert_allclose(signed[[0, 127, 128, 255]], [-0.9929688, 0, 5.5e-7, 1], rtol=1e-6)
     np.testing.assert_allclose(unsigned[:4], [0, 3.25e-7, 7.75e-7, 2.125e-6], rtol=1e-6)
     for e in range(7):
         inside = lambda code: np.sum((code > 10.0 ** (e - 7)) & (code < 10.0 ** (e - 6)))  # noqa: B023
         assert inside(signed) == 2**e and inside(unsigned) == 2 ** (e + 1)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_the_nearest_entry_over_the_whole_range(code: str) -> None:
+    """Entries themselves; on both sides of every edge; and numbers of every size: the place that numpy finds."""
+    entries = CODES[code].entries.astype(np.float64)
+    edges = (entries[1:] + entries[:-1]) / 2
+    sizes = 10.0 ** RANDOM.uniform(-9, 0, 20_000)
+    x = np.concatenate([entries, edges * (1 - 1e-5), edges * (1 + 1e-5), sizes, *([-sizes] if entries[0] < 0 else ())])
+    x = np.float32(x[np.abs(x) <= 1])
+    wanted = np.searchsorted(edges, x)
+    np.testing.assert_array_equal(CODES[code].nearest(jnp.asarray(x)), wanted)
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -40,10 +54,10 @@ def test_the_nearest_of_the_table(code: str, shape: tuple, axis: int, block: int
         for start in range(0, len(row), block):
             part = row[start : start + block]
             scale = np.abs(part).max()
-            distance = np.abs(part[:, None] / scale - CODES[code][None])
-            wanted = CODES[code][np.argmin(distance, axis=1)] * scale
+            distance = np.abs(part[:, None] / scale - CODES[code].entries[None])
+            wanted = CODES[code].entries[np.argmin(distance, axis=1)] * scale
             if code == "unsigned":
-                wanted = np.maximum(wanted, CODES[code][1] * scale)
+                wanted = np.maximum(wanted, CODES[code].entries[1] * scale)
             np.testing.assert_allclose(out[start : start + block], wanted, rtol=1e-5)
     if code == "signed":
         return  # has 1 and not -1
