@@ -299,10 +299,17 @@ def _forward_together(
     """The products of one x by weights whose methods are branches."""
 
     def forward(x: Array, ws: list[Array], owns: list[Params], key: None) -> tuple[list[Array], None]:
-        layers = list(zip(methods, ws, owns, strict=True))
-        pairs = [method.factors(w, p) for method, w, p in layers]
-        ys = dot.factored_together(x, ws, pairs)
-        gains = [method.output_gain(w, p) for method, w, p in layers]
-        return [y if gain is None else dot.per_output(y, gain) for y, gain in zip(ys, gains, strict=True)], None
+        pairs = [method.factors(w, p) for method, w, p in zip(methods, ws, owns, strict=True)]
+        paired = [i for i, pair in enumerate(pairs) if pair is not None]
+        branches = dot.factored_together(x, [ws[i] for i in paired], [pairs[i] for i in paired]) if paired else ()
+        ys = dict(zip(paired, branches, strict=True))
+
+        def one(i: int, method: Any, w: Array, p: Params) -> Array:
+            if i not in ys:  # factored for other shapes than this
+                return dot(x, method.weight(w, p))
+            gain = method.output_gain(w, p)
+            return ys[i] if gain is None else dot.per_output(ys[i], gain)
+
+        return list(map(one, range(len(ws)), methods, ws, owns)), None
 
     return with_matrices(forward, x, bases, owns, None)[0]

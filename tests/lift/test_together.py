@@ -74,6 +74,13 @@ def test_methods_that_are_a_branch(method):
     check(attention, adapt(weights("q", "k", "v"), attention, method), [3])
 
 
+def test_methods_that_are_a_branch_for_other_shapes():
+    """Many waves of a small matrix, and products of large ranks, are cheaper as a weight."""
+    check(attention, adapt(weights("q", "k", "v"), attention, jlora.FourierFT(30)), [1, 1, 1])
+    rules = {"q": jlora.LoHa(2), "*": jlora.LoRA(2)}
+    check(attention, adapt(weights("q", "k", "v"), attention, rules), [1, 2])
+
+
 def test_methods_side_by_side_and_a_weight_that_is_not_adapted():
     rules = {"q": jlora.LoRA(2), "v": jlora.DoRA(3)}
     check(attention, adapt(weights("q", "k", "v"), attention, rules), [2])
