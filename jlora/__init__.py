@@ -1,5 +1,6 @@
 """Low-rank adaptation of any JAX model, as pure functions over parameter pytrees."""
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -126,7 +127,10 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(methods, name)
     except AttributeError:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+        names = {known.lower(): known for known in sorted(__dir__(), reverse=True)}  # LoRA, rather than its module
+        near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.7)
+        hint = f"; did you mean {names[near[0]]}?" if near else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}") from None
 
 
 def __dir__() -> list[str]:

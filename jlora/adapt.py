@@ -66,7 +66,9 @@ class Adapted:
         Returns:
           A tree of the base's structure. Nothing in it is trained but ``trainable``: the base carries no gradient.
         """
-        bound = self if trainable is None else self.replace(trainable=trainable)
+        bound = self if trainable is None else self.replace(trainable=self._checked(trainable))
+        if not isinstance(context, Mapping | None):
+            raise TypeError(f"bind(context=...) wants a dictionary such as {{'key': key}}; got {_short(context)}.")
         context = dict(context or {})
         key = context.pop("key", None)
         sites = self.sites
@@ -89,6 +91,21 @@ class Adapted:
             own, values = method.enter(path, site, p._replace(shared=None), values)
             out.append(AdaptedWeight(leaf, own, p.shared, keys, values or None, method, labels, path))
         return jax.tree.unflatten(treedef, out)
+
+    def _checked(self, trainable: Any) -> Mapping[str, Any]:
+        if not isinstance(trainable, Mapping) or any(path not in trainable for path, _ in self._sites):
+            got = sorted(map(str, trainable)) if isinstance(trainable, Mapping) else _short(trainable)
+            raise ValueError(
+                f"bind(trainable) wants what adapted.trainable is, with entries {sorted(self.sites)}; got {got}. "
+                "A context goes by name, bind(context={'key': key}); the model's own parameters into replace(base=...)."
+            )
+        return trainable
+
+    def __getitem__(self, path: Any) -> Any:
+        raise TypeError(
+            f"This is an Adapted, no tree of parameters, and has no {path!r}: pass adapted.bind() to a lifted "
+            "function, or look into adapted.base and adapted.trainable."
+        )
 
     def params_of(self, path: str, site: Site) -> Params:
         """What the method of a leaf sees: the leaf's own parameters, and its group's."""
@@ -175,6 +192,7 @@ def plan(
     allow_unmatched: bool = False,
 ) -> dict[str, Site]:
     """What ``adapt`` of the same arguments adapts: rules and axes settled, and nothing made."""
+    _check_plain(params)
     leaves, _ = paths.flatten(params)
     if fn is not None and usage is None:
         usage = trace_usage(fn, params, *args)
@@ -182,8 +200,9 @@ def plan(
     find = _AxesFinder(usage, axes or {})
     exclude = _as_list(exclude)
     chosen: dict[str, Site] = {}
+    behind: dict[int, str] = {}  # a rule -> a leaf of its own that an earlier rule with another method adapts
     hits = [0] * len(rules)
-    passed: list[list[str]] = [[] for _ in rules]  # matched, but not by a method for it
+    passed: list[list[tuple[str, Any]]] = [[] for _ in rules]  # matched, but not by a method for it
     for path, leaf in leaves:
         if not hasattr(leaf, "shape") or any(paths.matches(p, path, leaf) for p in exclude):
             continue
@@ -191,12 +210,25 @@ def plan(
             if not find.matches(pattern, path, leaf):
                 continue
             if not jnp.issubdtype(leaf.dtype, jnp.floating) or not (method.whole_leaf or find.is_matrix(path, leaf)):
-                passed[i].append(f"{path} {leaf.dtype}{list(leaf.shape)}")
+                passed[i].append((path, leaf))
                 continue
-            hits[i] += 1
             if path not in chosen:
                 chosen[path] = _site(path, leaf, pattern, method, find)
+            if chosen[path].method == method:
+                hits[i] += 1
+            else:
+                behind.setdefault(i, path)
     if not allow_unmatched:
+        for pattern in exclude:
+            if not any(paths.matches(pattern, path, leaf) for path, leaf in leaves):
+                raise ValueError(_no_match(f"exclude: {paths.describe(pattern)}", pattern, [p for p, _ in leaves]))
+        for i, path in behind.items():
+            if not hits[i]:
+                pattern, method = rules[i]
+                raise ValueError(
+                    f"The rule {paths.describe(pattern)}: {method} adapts nothing: an earlier rule takes what it "
+                    f"matches, {path!r} with {chosen[path].method}. The first match counts: put it before that one."
+                )
         for (pattern, method), hit, skipped in zip(rules, hits, passed, strict=True):
             if not hit:
                 raise ValueError(_unmatched(pattern, method, skipped, [p for p, _ in leaves], usage is not None))
@@ -429,13 +461,20 @@ def _as_list(patterns: Any) -> list:
 
 def _rules(methods: Any, targets: Any) -> list[tuple[Pattern, Method]]:
     if isinstance(methods, Method):
-        return [(pattern, methods) for pattern in _as_list(ALL_LINEAR if targets is None else targets)]
-    if targets is not None:
-        raise ValueError("targets goes with a single method; rules name their own patterns.")
-    rules = list(methods.items() if isinstance(methods, Mapping) else methods)
+        rules = [(pattern, methods) for pattern in _as_list(ALL_LINEAR if targets is None else targets)]
+    elif isinstance(methods, Mapping | list | tuple):
+        rules = list(methods.items() if isinstance(methods, Mapping) else methods)
+    else:
+        raise TypeError(
+            f"adapt(params, methods) wants a method like LoRA(8), or rules, {{pattern: method}}; got {_short(methods)}."
+        )
     for rule in rules:
         if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[1], Method)):
-            raise TypeError(f"A rule is a pair (pattern, method), the method an instance like LoRA(8); got {rule!r}.")
+            raise TypeError(
+                f"A rule is a pair (pattern, method), the method an instance like LoRA(8); got {_short(rule)}."
+            )
+    if targets is not None and not isinstance(methods, Method):
+        raise ValueError("targets goes with a single method; rules name their own patterns.")
     if not rules:
         raise ValueError("No rules were given: nothing would be adapted.")
     return rules
@@ -446,6 +485,12 @@ class _AxesFinder:
 
     def __init__(self, usage: Mapping[str, Any] | None, axes: Mapping[Pattern, Axes]):
         self.usage, self.explicit = usage, list(axes.items())
+        for pattern, given in self.explicit:
+            if not isinstance(given, Axes):
+                raise TypeError(
+                    f"axes[{paths.describe(pattern)}]: jlora.Axes(inputs=(0,), outputs=(1,)), say, is wanted; got "
+                    f"{_short(given)}."
+                )
 
     def given(self, path: str, leaf: Any) -> Axes | None:
         own = leaf.axes if is_stored(leaf) else None
@@ -495,6 +540,30 @@ class _AxesFinder:
         return Axes((0,), (1,), kind="embedding" if name in _TABLES else "linear")
 
 
+def check_adapted(adapted: Any, fn: str) -> None:
+    """Refuse what ``adapt`` has not made."""
+    if not isinstance(adapted, Adapted):
+        raise TypeError(f"{fn} wants what jlora.adapt makes, an Adapted; got {_short(adapted)}.")
+
+
+def _check_plain(params: Any) -> None:
+    """Refuse what is adapted already, or no tree of parameters."""
+    is_jlora = lambda x: isinstance(x, Adapted | AdaptedWeight | Method)
+    for found in filter(is_jlora, jax.tree.leaves(params, is_leaf=is_jlora)):
+        if isinstance(found, Method):
+            raise TypeError(f"adapt(params, methods): the tree of parameters comes first; got {found} in it.")
+        raise TypeError(
+            "adapt(params, methods) wants a plain tree of parameters; this one is adapted already. Adapt adapted.base, "
+            "by all rules at once; or jlora.merge(adapted), on top of what it learned."
+        )
+
+
+def _short(x: Any) -> str:
+    """For a message: small values as they are, the type of others."""
+    text = repr(x)
+    return text if len(text) <= 60 and not isinstance(x, jax.Array) else f"an object of type {type(x).__name__}"
+
+
 def _site(path: str, leaf: Any, pattern: Pattern, method: Method, find: _AxesFinder) -> Site:
     shape = tuple(leaf.shape)
     rule = f"rule {paths.describe(pattern)}: {method}"
@@ -518,19 +587,26 @@ def _site(path: str, leaf: Any, pattern: Pattern, method: Method, find: _AxesFin
     return site
 
 
-def _unmatched(pattern: Pattern, method: Method, skipped: list[str], names: list[str], traced: bool) -> str:
+def _unmatched(pattern: Pattern, method: Method, skipped: list[tuple[str, Any]], names: list[str], traced: bool) -> str:
     rule = f"rule {paths.describe(pattern)}: {method}"
+    them = ", ".join(f"{path} {leaf.dtype}{list(leaf.shape)}" for path, leaf in skipped[:5])
+    if skipped and not any(jnp.issubdtype(leaf.dtype, jnp.floating) for _, leaf in skipped):
+        return f"The {rule} matches only leaves that are not of floats: {them}."
     if skipped:
         return (
-            f"The {rule} matches only leaves that are no weight of a product: {', '.join(skipped[:5])}. Use "
-            "Full() to train leaves of floats as they are, or another pattern."
+            f"The {rule} matches only leaves that are no weight of a product: {them}. Use Full() to train leaves of "
+            "floats as they are, or another pattern."
         )
     if pattern == ALL_LINEAR and not traced:
         return (
             f"The {rule} finds no kernel: without the model's function it looks for leaves named "
             f"{' or '.join(_KERNELS)}. Pass adapt(..., fn=apply, args=(batch,)), or a pattern. Leaves: {names[:8]}."
         )
-    return f"The {rule} matches no leaf. Nearest: {paths.nearest(pattern, names)}. (allow_unmatched=True permits it.)"
+    return _no_match(f"The {rule}", pattern, names)
+
+
+def _no_match(what: str, pattern: Pattern, names: list[str]) -> str:
+    return f"{what} matches no leaf. Nearest: {paths.nearest(pattern, names)}. (allow_unmatched=True permits it.)"
 
 
 # Reading.
@@ -542,6 +618,7 @@ def summary(adapted: Adapted) -> str:
     One row a leaf: path, shape, axes (stack | in | out), method, rank, scale, trainable parameters, their dtype, and
     their share of all trainable parameters.
     """
+    check_adapted(adapted, "summary")
     sizes = {
         key: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) for key, tree in adapted.trainable.items()
     }

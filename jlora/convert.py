@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jlora import paths
-from jlora.adapt import Adapted, _placement
+from jlora.adapt import Adapted, _placement, check_adapted
 from jlora.factors import Factors
 from jlora.linalg import truncated_svd
 from jlora.methods.base import Method, Site
@@ -98,6 +98,7 @@ def to_lora(adapted: Adapted, rank: int | float) -> tuple[Adapted, Conversion]:
     Raises:
       ValueError: no such rank, a method that has no weight to merge, or nothing to convert.
     """
+    check_adapted(adapted, "to_lora")
     _check_rank(rank)
     arrays = dict(paths.flatten(adapted.base)[0])
     trainable, frozen, sites = {}, {}, {}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jlora import paths
-from jlora.adapt import Adapted
+from jlora.adapt import Adapted, check_adapted
 from jlora.methods.base import Site
 from jlora.storage import Stored, dense, is_stored, near, one_by_one
 from jlora.weight import Params
@@ -36,6 +36,7 @@ def merge(adapted: Adapted, *, allow_tied_change: bool = False, requantize: bool
     Raises:
       ValueError: the method has no weight to merge, or the merge would change another use of the leaf.
     """
+    check_adapted(adapted, "merge")
     sites = adapted.sites
     leaves, treedef = paths.flatten(adapted.base)
     return jax.tree.unflatten(

@@ -101,6 +101,8 @@ def nearest(pattern: Pattern, paths: Iterable[str], n: int = 5) -> list[str]:
 
 def fold_path(key: jax.Array, path: str) -> jax.Array:
     """A key for this leaf alone: it depends on the leaf's path and on no other leaf. Old-style keys become typed."""
+    if not isinstance(key, jax.Array):
+        raise TypeError(f"A random key is wanted, jax.random.key(seed); got {key!r}.")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -84,7 +84,13 @@ def test_nothing_is_copied_and_abstract_trees_give_the_same_shapes():
         (LoRA(7), "layer_0/q/kernel", r"'layer_0/q/kernel' \(6, 6\): rank 7 is above min\(in, out\) = 6"),
         (LoRA(2), "**/bias", r"only leaves that are no weight.*layer_0/q/bias float32\[6\].*Full"),
         ({}, None, "No rules"),
+        (LoRA(2), [], "No rules"),
         ({"**": LoRA(2)}, "**", "targets goes with a single method"),
+        (
+            {"**/kernel": LoRA(2), "**/q/kernel": DoRA(2)},
+            None,
+            r"\*\*/q/kernel.*DoRA.*adapts nothing.*'layer_0/q/kernel' with LoRA",
+        ),
     ],
 )
 def test_errors_name_the_leaf_the_shape_and_the_rule(methods, targets, message):
@@ -92,8 +98,66 @@ def test_errors_name_the_leaf_the_shape_and_the_rule(methods, targets, message):
         jlora.adapt(tree(), methods, targets, key=KEY)
 
 
+def test_an_exclusion_matches_something():
+    with pytest.raises(ValueError, match=r"exclude: '\*\*/pu/\*\*' matches no leaf\. Nearest: \['layer_0/up/kernel'"):
+        jlora.adapt(tree(), LoRA(2), exclude=["**/q/**", "**/pu/**"], key=KEY)
+    jlora.adapt(tree(), LoRA(2), exclude="**/pu/**", key=KEY, allow_unmatched=True)
+
+
+def test_leaves_that_are_not_of_floats():
+    for method in (LoRA(2), Full()):
+        with pytest.raises(ValueError, match=r"not of floats: kernel int32\[3, 3\]"):
+            jlora.adapt({"kernel": jnp.ones((3, 3), jnp.int32)}, method, "kernel", key=KEY)
+
+
+ADAPTED = jlora.adapt(tree(), LoRA(2), key=KEY)
+
+
 @pytest.mark.parametrize(
-    "make", [lambda: LoRA(0), lambda: LoRA(-3), lambda: VeRA(0), lambda: LoRA(2, dropout=1.5), lambda: LoRA(2.5)]
+    ("call", "message"),
+    [
+        (lambda: jlora.adapt(ADAPTED, LoRA(2), key=KEY), "adapted already"),
+        (lambda: jlora.adapt(ADAPTED.bind(), LoRA(2), "**", key=KEY), "adapted already"),
+        (lambda: jlora.adapt(LoRA(2), tree(), key=KEY), "tree of parameters comes first"),
+        (lambda: jlora.adapt(tree(), LoRA, key=KEY), r"a method like LoRA\(8\)"),
+        (lambda: jlora.adapt(tree(), "lora", key=KEY), "got 'lora'"),
+        (lambda: jlora.adapt(tree(), LoRA(2), key=0), r"random key.*got 0"),
+        (lambda: jlora.adapt(tree(), LoRA(2), axes={"**/q/kernel": (0, 1)}, key=KEY), r"jlora.Axes.*got \(0, 1\)"),
+        (lambda: ADAPTED.bind(context="key"), "a dictionary.*got 'key'"),
+        (lambda: jlora.lift(lambda p, x: x @ p["w"])(ADAPTED, jnp.ones(6)), r"pass adapted.bind\(\)"),
+        (lambda: jlora.merge(tree()), "merge wants what jlora.adapt makes.*type dict"),
+        (lambda: jlora.summary(tree()), "summary wants"),
+        (lambda: jlora.to_lora(tree(), 2), "to_lora wants"),
+    ],
+)
+def test_one_thing_in_the_place_of_another(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("trainable", [tree(), ADAPTED, KEY, {}], ids=["params", "adapted", "key", "nothing"])
+def test_what_is_bound_has_the_entries_of_the_trainable_parameters(trainable):
+    with pytest.raises(ValueError, match=r"adapted.trainable.*'layer_0/q/kernel'.*got"):
+        ADAPTED.bind(trainable)
+
+
+def test_a_name_that_is_nearly_one():
+    with pytest.raises(AttributeError, match="'Lora'; did you mean LoRA?"):
+        jlora.Lora  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LoRA(0),
+        lambda: LoRA(-3),
+        lambda: LoRA(2.5),
+        lambda: VeRA(0),
+        lambda: LoRA(2, dropout=1.5),
+        lambda: LoRA(2, dropout="0.1"),
+        lambda: LoRA(2, "4"),
+        lambda: LoRA(2, float("nan")),
+    ],
 )
 def test_hyper_parameters_are_checked_where_they_are_written(make):
     with pytest.raises(ValueError, match="wanted|positive integer"):

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any, ClassVar
 
 import jax
@@ -82,7 +83,15 @@ class LoRA(Method):
             isinstance(self.rank, int) and self.rank > 0,
             f"{self.name}(rank={self.rank!r}): the rank is a positive integer, 4 to 64 as a rule.",
         )
-        require(0.0 <= self.dropout < 1.0, f"{self.name}(dropout={self.dropout}): a rate in [0, 1) is wanted.")
+        without = self.alpha is None and type(self).alpha is None  # a subclass that has one of its own
+        require(
+            without or isinstance(self.alpha, numbers.Real) and math.isfinite(self.alpha),
+            f"{self.name}(alpha={self.alpha!r}): a finite number is wanted, the rank or twice the rank as a rule.",
+        )
+        require(
+            isinstance(self.dropout, numbers.Real) and 0.0 <= self.dropout < 1.0,
+            f"{self.name}(dropout={self.dropout!r}): a rate in [0, 1) is wanted.",
+        )
         require(
             self.init_a in ("default", "gaussian"),
             f"{self.name}(init_a={self.init_a!r}): 'default' or 'gaussian' is wanted.",
