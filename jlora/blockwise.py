@@ -51,7 +51,7 @@ class Dynamic(Table):
     def nearest(self, x: Float[Array, "*n"]) -> UInt8[Array, "*n"]:
         size = jnp.abs(x) if self._signed else x
         edges = (self._positive[1:] + self._positive[:-1]) / 2
-        place, first = jnp.zeros(x.shape, jnp.int32), 1
+        place, first = 0, 1
         for e, n in enumerate(self._parts):
             part = jnp.ceil((size * 10.0 ** (6 - e) - 0.1) * (n / 0.9)).astype(jnp.int32) - 1
             place = jnp.where(size > edges[first - 1], first + jnp.clip(part, 0, n - 1), place)
