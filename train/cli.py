@@ -1,12 +1,17 @@
 """The `jlora` command."""
 
+import ast
 import contextlib
+import dataclasses
+import inspect
 import io
+import itertools
 import logging
 import os
 import re
 import sys
 import traceback
+import types
 from collections.abc import Sequence
 from typing import Annotated, Union
 
@@ -63,8 +68,14 @@ def _main(argv: list[str]) -> int:
     }
     union = Union[tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in commands.items())]  # noqa: UP007
     description = "Low-rank adaptation of JAX models: fine-tune, look at, use and export adapters."
-    with _whole_descriptions(argv):
-        config = tyro.cli(union, args=argv, prog="jlora", description=description, config=(tyro.conf.OmitArgPrefixes,))
+    _unwrap_docstrings(options)
+    made = {"config": (tyro.conf.OmitArgPrefixes,)}
+    if argv[:1] and argv[0] in commands and "--tyro-print-completion" not in argv:
+        # By itself, so that its errors name its own options and point to its own help.
+        config = tyro.cli(commands[argv[0]], args=argv[1:], prog=f"jlora {argv[0]}", **made)
+    else:
+        with _whole_descriptions(argv):
+            config = tyro.cli(union, args=argv, prog="jlora", description=description, **made)
     try:
         return _run(config, argv)
     except (options.UserError, options.RunError) as error:
@@ -92,6 +103,19 @@ def _run(config, argv: list[str]) -> int:
     }[type(config)]
     with _quiet_orbax():
         return run()
+
+
+def _unwrap_docstrings(module: types.ModuleType) -> None:
+    """The docstring of each option as its help, on one line: tyro would keep its line breaks and wrap every line of it
+    again."""
+    for node in ast.parse(inspect.getsource(module)).body:
+        if not isinstance(node, ast.ClassDef) or not dataclasses.is_dataclass(getattr(module, node.name)):
+            continue
+        fields = {field.name: field for field in dataclasses.fields(getattr(module, node.name))}
+        for statement, after in itertools.pairwise(node.body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
+                text = " ".join(ast.literal_eval(after.value).split())
+                fields[statement.target.id].metadata = types.MappingProxyType({"help": text})
 
 
 @contextlib.contextmanager

@@ -20,15 +20,18 @@ from jlora.train.config import (
     MergeConfig,
     SourceOptions,
     UserError,
+    check_finite,
+    check_metrics,
 )
 from jlora.train.finetune import export_adapter
 from jlora.train.generate import generate as generate_tokens
 from jlora.train.report import Reporter, figures_line
-from jlora.train.run import RunDirectory, write_directory, write_file
+from jlora.train.run import RunDirectory, check_writable, write_directory, write_file
 
 
 def generate(config: GenerateConfig) -> int:
     """Print each prompt with its completion."""
+    check_finite(config)
     source = loading.load_source(config.source)
     loading.need_text_model(source.model.name, source.model.family)
     prompts = list(config.prompt)
@@ -62,6 +65,7 @@ def evaluate(config: EvaluateConfig) -> int:
     for option, value in {"--batch-size": config.batch_size, "--limit": config.limit}.items():
         if value is not None and value < 1:
             raise UserError(f"{option} must be above 0, got {value}")
+    check_metrics(config.metrics)
     options, name = _data_options(config)
     with loading.user_errors():
         task = tasks.make(options)
@@ -109,13 +113,18 @@ def _data_options(config: EvaluateConfig) -> tuple[DataOptions, str]:
 
 def merge(config: MergeConfig) -> int:
     """Write base plus adapter as a plain model directory."""
+    given = config.source
+    if given.run is None and given.adapter is None and given.model is None:
+        raise UserError("nothing to merge: give a run with --run, or an adapter with --adapter")
     _check_free(config.out)
-    source = loading.load_source(config.source)
+    source = loading.load_source(given)
     with loading.user_errors():
         params = source.model.params if source.adapted is None else jlora.merge(source.adapted)
-    with write_directory(config.out) as temporary:
-        models.save_hf(source.model, params, temporary)
+        with write_directory(config.out) as temporary:
+            models.save_hf(source.model, params, temporary)
     Reporter().say(f"{source.name} written to {config.out}")
+    if source.adapted is None:
+        Reporter().say("nothing was merged: it is the base alone, without --run or --adapter")
     return 0
 
 
@@ -126,6 +135,8 @@ def inspect(config: InspectConfig) -> int:
         raise UserError(f"there is no directory {path}")
     if config.plot is not None and config.plot.exists():
         raise UserError(f"{config.plot} exists already: choose another --plot")
+    if config.plot is not None:
+        check_writable(config.plot, "--plot")
     if config.intruders < 0:
         raise UserError(f"--intruders must not be below 0, got {config.intruders}")
     run = RunDirectory(path)
@@ -144,6 +155,11 @@ def inspect(config: InspectConfig) -> int:
             return 0
         reporter.say()
         source = loading.load_source(SourceOptions(run=path, model=config.model))
+    elif not (path / "adapter_config.json").is_file():
+        raise UserError(
+            f"{path} is neither a run nor an adapter: it has no config.json of `jlora finetune` and no "
+            "adapter_config.json of PEFT"
+        )
     else:
         source = loading.load_source(SourceOptions(adapter=path, model=config.model))
     reporter.say(jlora.summary(source.adapted))
@@ -165,6 +181,7 @@ def inspect(config: InspectConfig) -> int:
 
 def convert(config: ConvertConfig) -> int:
     """Write a checkpoint as an adapter directory in PEFT format."""
+    check_finite(config)
     if (config.to is None) != (config.rank is None):
         raise UserError("--to lora and --rank go together: --to lora --rank 16")
     _check_free(config.out)
@@ -185,6 +202,7 @@ def convert(config: ConvertConfig) -> int:
 def _check_free(path: Path) -> None:
     if path.exists():
         raise UserError(f"{path} exists already: choose another --out")
+    check_writable(path)
 
 
 def _held_out(

@@ -6,6 +6,7 @@ written, so that a run's `config.json` shows every value that was used.
 
 import ast
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,11 @@ class RunError(Exception):
 def _optional(metavar: str):
     """An option that may stay undecided: `--rank INT` in the help, its docstring says what then happens."""
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+def _list(metavar: str):
+    """An argument of any number of values: `[RUN ...]` in the help."""
+    return tyro.conf.arg(metavar=f"[{metavar} ...]", help_behavior_hint="")
 
 
 OptionalInt = Annotated[int | None, _optional("INT")]
@@ -340,7 +346,10 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MergeConfig:
-    """Add an adapter into its base and write a plain model directory in Hugging Face layout."""
+    """Add an adapter into its base and write a plain model directory in Hugging Face layout.
+
+    With `--model` alone, the base as it is.
+    """
 
     out: Path
     """Directory to write; it must not exist."""
@@ -384,7 +393,7 @@ class ConvertConfig:
 class MethodsConfig:
     """List the methods: what they are, what they train on a model, whether they merge, what PEFT calls them."""
 
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
+    names: Annotated[tuple[str, ...], tyro.conf.Positional, _list("METHOD")] = ()
     """Methods to tell all about: paper, formula, cost, options (default: a table of all methods)."""
     model: str = "stories260k"
     """Model to count trainable parameters on; of a directory, config.json is enough."""
@@ -412,7 +421,7 @@ class TargetsConfig:
 class CompareConfig:
     """Compare runs: a table of the options that differ and of what came out, and a figure of the losses."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, _list("RUN")]
     """Run directories of `jlora finetune`, finished or not."""
     out: Path = Path("compare.png")
     """The figure."""
@@ -422,6 +431,8 @@ class CompareConfig:
 
 def validate(config: FinetuneConfig) -> None:
     """Refuse values that cannot work before anything is loaded; what needs the model is checked when it is there."""
+    check_finite(config)
+    check_metrics(config.eval.metrics)
     positive = {
         "--steps": config.train.steps, "--epochs": config.train.epochs, "--batch-size": config.train.batch_size,
         "--accumulation": config.train.accumulation, "--learning-rate": config.optimizer.learning_rate,
@@ -458,6 +469,22 @@ def validate(config: FinetuneConfig) -> None:
         raise UserError(f"--label-smoothing must lie between 0 and 0.5, got {config.data.label_smoothing}")
     if config.train.steps is not None and config.train.epochs is not None:
         raise UserError("give --steps or --epochs, not both")
+
+
+def check_finite(config: Any) -> None:
+    """Refuse nan and inf, which no option has a use for, and which pass for numbers in every comparison."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_finite(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{field.name.replace('_', '-')} must be a finite number, got {value}")
+
+
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuse an empty list."""
+    if not metrics:
+        raise UserError("--metrics names none: name one or more, or leave decoding out with --no-generate")
 
 
 def resolve_length(data: DataOptions, limit: int, usual: int | None = None) -> DataOptions:

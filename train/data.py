@@ -130,7 +130,7 @@ def split(examples: list, spec: DataSpec) -> tuple[list, list]:
     keys = [e.prompt or str(i) for i, e in enumerate(examples)]
     unique = list(dict.fromkeys(keys))
     if len(unique) < 2:
-        raise ValueError(f"{spec.path}: one prompt cannot be split into training and held-out; give an eval file")
+        raise ValueError(f"{spec.path}: one prompt cannot be split into training and held-out: give --eval-data")
     count = min(max(1, round(spec.eval_fraction * len(unique))), len(unique) - 1)
     held = {unique[i] for i in np.random.default_rng(spec.seed).permutation(len(unique))[:count]}
     train = [e for key, e in zip(keys, examples, strict=True) if key not in held]
@@ -229,7 +229,7 @@ _ROWS: dict[str, Callable[[pathlib.Path, str], Rows]] = {".jsonl": _jsonl_rows, 
 
 
 def _examples(spec: DataSpec, path: pathlib.Path, rows: Rows) -> list[Example]:
-    examples = []
+    examples, blank = [], []
     pair = (spec.prompt_column, spec.completion_column)
     for number, row in rows:
         if all(column in row for column in pair):
@@ -242,8 +242,8 @@ def _examples(spec: DataSpec, path: pathlib.Path, rows: Rows) -> list[Example]:
         else:
             raise ValueError(
                 f"{path}, line {number}: no column {spec.text_column!r}, nor both {pair[0]!r} and {pair[1]!r}, nor "
-                "'messages'; "
-                f"found {list(row)}. Name yours with text_column, or prompt_column and completion_column"
+                f"'messages'; found {list(row)}. Name yours with --text-column, or --prompt-column and "
+                "--completion-column"
             )
         values = [row[column] for column in columns]
         for column, value in zip(columns, values, strict=True):
@@ -251,6 +251,13 @@ def _examples(spec: DataSpec, path: pathlib.Path, rows: Rows) -> list[Example]:
                 raise ValueError(f"{path}, line {number}: column {column!r} is {value!r}, wanted text")
         if values[-1].strip():
             examples.append(Example(*values) if len(values) == 2 else Example("", values[0]))
+        else:
+            blank.append(columns[-1])
+    if blank and not examples:
+        raise ValueError(
+            f"{path}: {' or '.join(map(repr, dict.fromkeys(blank)))} is blank in "
+            f"{f'all {len(blank)} records' if len(blank) > 1 else 'its one record'}: there is nothing to learn from"
+        )
     return examples
 
 
@@ -269,7 +276,7 @@ def encode(
     truncated, dropped = (sum(getattr(each, name) for each in found) for name in ("truncated", "dropped"))
     if not sequences:
         raise ValueError(
-            f"none of the {len(examples)} examples leaves a token to learn within max_length={max_length} "
+            f"none of the {len(examples)} examples leaves a token to learn within --max-length {max_length} "
             f"({dropped} have a prompt that fills it)"
         )
     rows = _pack([len(s) for s, _ in sequences], max_length) if packing else [[i] for i in range(len(sequences))]
@@ -289,7 +296,7 @@ def cut(examples: Sequence[Example | chat.Dialogue], tokenizer: Tokenizer, max_l
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if max_length < len(bos) + 2:
-        raise ValueError(f"max_length is {max_length}; a sequence needs at least {len(bos) + 2} tokens")
+        raise ValueError(f"--max-length is {max_length}; a sequence needs at least {len(bos) + 2} tokens")
     texts = [Example("", "") if isinstance(e, chat.Dialogue) else e for e in examples]
     prompts = tokenizer.encode_batch([e.prompt for e in texts])
     completions = tokenizer.encode_batch([e.completion for e in texts])

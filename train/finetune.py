@@ -85,13 +85,13 @@ def finetune(config: FinetuneConfig, argv: list[str]) -> int:
     if config.run.resume is not None:
         here = {name: getattr(config.run, name) for name in ("mesh", "distributed", "distributed_timeout")}
         unset = {name: getattr(RunOptions(), name) for name in (*here, "resume")}
-        if dataclasses.replace(config, run=dataclasses.replace(config.run, **unset)) != FinetuneConfig():
-            raise UserError(
-                "--resume takes every option but --mesh and --distributed from the run's config.json: give no other "
-                "option with it"
-            )
         with distributed.together():
             run = RunDirectory.open(config.run.resume)
+            if dataclasses.replace(config, run=dataclasses.replace(config.run, **unset)) != FinetuneConfig():
+                raise UserError(
+                    "--resume takes every option but --mesh and --distributed from the run's config.json: give no "
+                    "other option with it"
+                )
             saved, options = run.read_config(), loading.read_run_config(run)
         here["mesh"] = config.run.mesh or options.run.mesh
         job = prepare(dataclasses.replace(options, run=dataclasses.replace(options.run, **here)), reporter, run.start)
@@ -125,7 +125,9 @@ def finetune(config: FinetuneConfig, argv: list[str]) -> int:
 
 def prepare(config: FinetuneConfig, reporter: Reporter, start: Path | None = None) -> Job:
     """Load and check everything; nothing is written. `start` is the file where the adapters of a run started."""
-    loading.build_method(config.method)  # a misspelt option should not wait for the model
+    method = loading.build_method(config.method)  # a misspelt option should not wait for the model
+    if start is None:
+        starts.check_calibration(config.method, method)
     make_optimizer(config.optimizer, 0.0)
     task = tasks.make(config.data)
     mesh = meshes.make(config.run.mesh)

@@ -21,12 +21,20 @@ from jlora.io.formats import FORMATS
 from jlora.methods import METHODS, Full, Method
 from jlora.tables import table
 from jlora.train import data, loading, models
-from jlora.train.config import CompareConfig, DataOptions, MethodsConfig, ModelsConfig, TargetsConfig, UserError
+from jlora.train.config import (
+    CompareConfig,
+    DataOptions,
+    MethodsConfig,
+    ModelsConfig,
+    TargetsConfig,
+    UserError,
+    check_finite,
+)
 from jlora.train.finetune import Job
 from jlora.train.loop import make_train_step
 from jlora.train.optimizers import learning_rate_schedule, make_optimizer
 from jlora.train.report import FIGURES, Reporter, held_out_loss
-from jlora.train.run import RunDirectory, write_file
+from jlora.train.run import RunDirectory, check_writable, write_file
 from jlora.train.tasks import TASKS
 from jlora.train.tasks import make as make_task
 
@@ -184,6 +192,7 @@ def _outline(name: str) -> models.LoadedModel:
 def targets(config: TargetsConfig) -> int:
     """Every leaf of a model: its shape, how the model uses it, and which pattern catches it."""
     options = config.method
+    check_finite(options)
     loading.build_method(options)  # a misspelt option should not wait for the model
     model = _outline(config.model)
     options = loading.resolve_targets(options, model)
@@ -193,7 +202,7 @@ def targets(config: TargetsConfig) -> int:
             sites = plan(model.params, [(pattern, method)], usage=usage, exclude=model.family.statistics)
             caught |= {path: f"{pattern}: {method.name}" for path in sites if path not in caught}
     except ValueError as error:
-        refused = str(error)
+        refused = loading.as_options(str(error)) + loading.what_fits(options, model, usage, str(error))
     (inputs, *_) = model.inputs
     unit, n = ("token", math.prod(inputs.shape)) if jnp.issubdtype(inputs.dtype, jnp.integer) else ("example", 1)
     flops = f"MFLOP/{unit}"
@@ -278,6 +287,7 @@ def compare(config: CompareConfig) -> int:
         raise UserError("compare wants two runs or more: jlora compare RUN RUN")
     if config.out.exists() and not config.overwrite:
         raise UserError(f"{config.out} exists already: choose another --out, or add --overwrite")
+    check_writable(config.out)
     runs = [RunDirectory.open(path) for path in config.runs]
     names = _names([run.path for run in runs])
     saved = [run.read_config() for run in runs]

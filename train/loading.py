@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 import jlora
+from jlora.adapt import plan
 from jlora.io import load_peft
 from jlora.methods import METHODS, Full, Method
 from jlora.train import chat, data, distributed, models, ranks, starts
@@ -31,17 +33,35 @@ from jlora.train.config import (
     literal_options,
 )
 from jlora.train.loop import TrainState
-from jlora.train.optimizers import learning_rate_schedule, make_optimizer
+from jlora.train.optimizers import learning_rate_schedule, make_optimizer, projection_hint
 from jlora.train.run import RunDirectory
 
 
 @contextlib.contextmanager
-def user_errors(context: str = ""):
-    """Around calls whose ValueError or OSError is about what the user gave: bad shapes, missing files, bad data."""
+def user_errors(context: str = "", hint: Callable[[str], str] = lambda message: ""):
+    """Around calls whose ValueError or OSError is about what the user gave: bad shapes, missing files, bad data.
+
+    ``hint(message)`` is added, with a blank at its beginning.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        raise UserError(f"{context}{error}") from error
+        raise UserError(f"{context}{as_options(str(error))}{hint(str(error))}") from error
+
+
+# What the library advises who calls it -> what does it here.
+_ADVICE = {
+    " (allow_unmatched=True permits it.)": "",
+    "adjust=True": "--method-options adjust=True",
+    "Use Full() to train leaves of floats": "Use --train-fully to train leaves of floats",
+}
+
+
+def as_options(message: str) -> str:
+    """A message of the library, in the words of the command line."""
+    for theirs, ours in _ADVICE.items():
+        message = message.replace(theirs, ours)
+    return message
 
 
 _FORMATS = {"nf4": jlora.quant.NF4, "int8": jlora.quant.Int8}
@@ -113,7 +133,7 @@ def build_method(options: MethodOptions) -> Method:
     try:
         return cls(**given)
     except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(as_options(str(error))) from error
 
 
 def resolve_targets(
@@ -133,6 +153,30 @@ def build_rules(options: MethodOptions) -> dict[str, Method]:
     return {pattern: Full() for pattern in options.train_fully} | {pattern: method for pattern in targets}
 
 
+_SIZE = re.compile(r"\b(rank|block_size|group_size|vector_length) (\d+)\b")
+
+
+def what_fits(options: MethodOptions, model: models.LoadedModel, usage: Any, message: str) -> str:
+    """The largest size that all leaves take, among powers of two and what ``message`` says of one leaf, where it is a
+    size of the method that a leaf refuses; else nothing."""
+    found = _SIZE.search(message)
+    if found is None:
+        return ""
+    name, wanted = found[1], int(found[2])
+    sizes = {2**i for i in range(1, 16)} | {int(size) for size in re.findall(r"at most (\d+)", message)}
+    for size in sorted((size for size in sizes if size < wanted), reverse=True):
+        given = f"{name}={size}"
+        if name == "rank":
+            fitting = dataclasses.replace(options, rank=size)
+        else:
+            others = (option for option in options.method_options if option.partition("=")[0] != name)
+            fitting = dataclasses.replace(options, method_options=(*others, given))
+        with contextlib.suppress(ValueError, UserError):
+            plan(model.params, build_rules(fitting), usage=usage, exclude=model.family.statistics)
+            return f" All leaves take --{'rank ' + str(size) if name == 'rank' else 'method-options ' + given}."
+    return ""
+
+
 def build_adapted(
     model: models.LoadedModel,
     options: MethodOptions,
@@ -145,6 +189,7 @@ def build_adapted(
     rules = build_rules(options)
     with user_errors():
         usage = usage_of(model)
+    with user_errors(hint=lambda message: what_fits(options, model, usage, message)):
         if start is not None and start.exists():
             adapted = starts.load(start, model, rules, usage, seed)
         else:
@@ -242,7 +287,7 @@ def initial_state(config: FinetuneConfig, adapted: "jlora.Adapted", places: PyTr
     begin = lambda adapted: (adapted.trainable, init(adapted.trainable))
     if schedule is not None:
         begin = lambda adapted: schedule.begin(adapted, init)
-    with user_errors():
+    with user_errors(hint=lambda message: projection_hint(config.optimizer, config.method.method, message)):
         if places is None:
             return TrainState(0, *begin(adapted), key)
         adapted = adapted.replace(trainable=distributed.place(adapted.trainable, places["trainable"]))
@@ -342,6 +387,10 @@ def base_name(options: SourceOptions) -> str:
 
 def _base_of_adapter(adapter: Path) -> str:
     path = adapter / "adapter_config.json"
+    if not adapter.is_dir():
+        raise UserError(f"there is no directory {adapter}")
+    if not path.is_file():
+        raise UserError(f"{adapter} is not an adapter directory: it has no adapter_config.json")
     with user_errors(f"{adapter} is not an adapter directory: "):
         name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not name:

@@ -106,12 +106,14 @@ def plot_losses(records: Sequence[dict[str, Any]], path: Path, title: str, unit:
         axes.plot(*zip(*trained, strict=True), color="tab:blue", linewidth=1.4, label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", linewidth=1.8, label="held out")
-        for place, (step, loss) in {"before": held_out[0], "after": held_out[-1]}.items():
-            left = place == "before"
+        # Above the first point, from where the lines fall; right of the last one, where there are none.
+        ends = [(held_out[0], (8, 6), "baseline"), (held_out[-1], (7, 0), "center")]
+        for (step, loss), offset, align in ends[: len(held_out)]:
             axes.annotate(
-                f"{loss:.2f}", (step, loss), xytext=(8 if left else -2, 6 if left else 8), textcoords="offset points",
-                ha="left" if left else "right", color="tab:orange",
+                f"{loss:.2f}", (step, loss), xytext=offset, textcoords="offset points", ha="left", va=align,
+                color="tab:orange",
             )  # fmt: skip
+        axes.margins(x=0.09)
     axes.set(xlabel="optimizer step", ylabel=f"loss ({unit})", title=title)
     finite = [loss for _, loss in trained + held_out if math.isfinite(loss)]
     axes.set_ylim(0, 1.12 * max(finite, default=1.0))

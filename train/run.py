@@ -76,6 +76,22 @@ def write_directory(path: Path, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def check_writable(path: Path, option: str = "--out") -> None:
+    """Refuse a path where nothing can be written: a directory is made beside it, or above what is missing, and removed.
+
+    Permissions alone do not tell: by them root may write to /proc, and to a disk that is read-only.
+    """
+    above = path.absolute().parent
+    try:
+        while not above.exists():
+            above = above.parent
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=above).cleanup()
+    except OSError as error:
+        raise UserError(
+            f"{option} {path}: nothing can be written in {above} ({error.strerror}): choose another {option}"
+        ) from error
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
@@ -109,13 +125,17 @@ class RunDirectory:
     def open(cls, path: Path) -> "RunDirectory":
         """An existing run."""
         run = cls(path)
+        if not path.is_dir():
+            raise UserError(f"there is no directory {path}")
         if not run.config.is_file():
             raise UserError(f"{path} is not a run directory: it has no config.json")
         return run
 
     @classmethod
     def check_free(cls, path: Path, overwrite: bool) -> None:
-        """Refuse a path that is taken. Only an earlier run is ever overwritten, and only on request."""
+        """Refuse a path that is taken, or cannot be written. Only an earlier run is ever overwritten, and only on
+        request."""
+        check_writable(path)
         if not path.exists() or (path.is_dir() and not any(path.iterdir())):
             return
         if not path.is_dir() or not cls(path).config.is_file():
@@ -127,9 +147,12 @@ class RunDirectory:
     def create(cls, path: Path, config: dict[str, Any], overwrite: bool) -> "RunDirectory":
         """A new run directory with its configuration, all at once."""
         distributed.from_first(lambda: cls.check_free(path, overwrite))
-        with write_directory(path, overwrite=True) as temporary:
-            write_json(temporary / "config.json", config)
-        distributed.gather(None)  # it is written
+        with distributed.together():  # so that it is written when the others look
+            try:
+                with write_directory(path, overwrite=True) as temporary:
+                    write_json(temporary / "config.json", config)
+            except OSError as error:
+                raise UserError(f"--out {path} cannot be written: {error}: choose another --out") from error
         run = cls(path)
         with distributed.together():
             if not run.config.is_file():

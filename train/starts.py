@@ -50,6 +50,15 @@ def make_start(options: MethodOptions) -> Any:
         raise UserError(str(error)) from error
 
 
+def check_calibration(options: MethodOptions, method: Method) -> None:
+    """Refuse a number of batches that nothing looks at."""
+    if options.calibration_batches != MethodOptions.calibration_batches and not method.needs:
+        able = ", ".join(name for name, start in init.STARTS.items() if start.needs)
+        raise UserError(
+            f"--calibration-batches is for an --init from data ({able}), and has no part in --init {options.init}"
+        )
+
+
 def calibrate(
     model: Any, usage: dict[str, LeafUsage], rules: dict[str, Method], rows: Any, task: Any, options: MethodOptions,
     *, batch_size: int, seed: int, progress: Any = None,

@@ -86,17 +86,18 @@ def test_text_file_holds_out_its_end(tmp_path):
         ("a.txt", " \n", "is empty"),
         ("a.jsonl", "", "is empty"),
         ("a.csv", "text\n", "is empty"),
-        ("a.jsonl", '{"text": ""}\n', "is empty"),
+        ("a.jsonl", '{"text": ""}\n', "'text' is blank in its one record: there is nothing to learn from"),
+        ("a.jsonl", '{"prompt": "a", "completion": " "}\n' * 20, "'completion' is blank in all 20 records"),
         ("a.txt", b"one\ntwo \xff", r"not UTF-8: byte 0xff at offset 8 \(line 2\)"),
         ("a.jsonl", '{"text": "a"}\n{"text"', "line 2: not valid JSON"),
         ("a.jsonl", "[1]", "line 1: a list, wanted an object"),
         ("a.jsonl", '{"text": 3}', "line 1: column 'text' is 3, wanted text"),
-        ("a.jsonl", '{"question": "a", "prompt": "b"}', r"found \['question', 'prompt'\]. Name yours with text_column"),
+        ("a.jsonl", '{"question": "a", "prompt": "b"}', r"\['question', 'prompt'\]. Name yours with --text-column"),
         ("a.csv", "mr,ref\na,b\n", r"nor both 'prompt' and 'completion', nor 'messages'; found \['mr', 'ref'\]"),
         ("a.tsv", "text\tlabel\na\tb\nc\n", r"line 3: 1 columns, but the header has 2: \['text', 'label'\]"),
         ("a.txt.gz", None, "not a whole gzip file"),
         ("a.txt", "a", "1 characters are too few to hold out 10%"),
-        ("a.jsonl", '{"prompt": "a", "completion": "b"}', "one prompt cannot be split"),
+        ("a.jsonl", '{"prompt": "a", "completion": "b"}', "one prompt cannot be split .*: give --eval-data"),
     ],
 )
 def test_files_that_are_not_right(name, content, message, tmp_path):
@@ -133,9 +134,9 @@ def test_long_completions_are_cut_and_long_prompts_dropped(stories):
     encoded = encode(examples, stories.tokenizer, 16)
     assert (len(encoded), encoded.truncated, encoded.dropped) == (2, 1, 1)
     assert encoded.segment_ids[0].all() and encoded.mask[0, -1] == 1
-    with pytest.raises(ValueError, match=r"none of the 1 examples leaves a token .* max_length=16 \(1 have a prompt"):
+    with pytest.raises(ValueError, match=r"none of the 1 examples leaves a token .* --max-length 16 \(1 have a prompt"):
         encode(examples[1:2], stories.tokenizer, 16)
-    with pytest.raises(ValueError, match="max_length is 2; a sequence needs at least 3"):
+    with pytest.raises(ValueError, match="--max-length is 2; a sequence needs at least 3"):
         encode(examples, stories.tokenizer, 2)
 
 

@@ -62,8 +62,18 @@ def test_states_in_8_bits():
         assert sizes[1] < 0.7 * sizes[0]
 
 
+def test_adafactor_moves_what_is_zero():
+    """By the rate, as a factor that starts at zero needs it, unless it is asked for steps in proportion."""
+    zero = {"b": jnp.zeros((8, 4))}
+    for extra, size in (((), 0.1), (("multiply_by_parameter_scale=True",), 1e-4)):
+        optimizer = make_optimizer(OptimizerOptions("adafactor", extra, clip_norm=0.0), 0.1)
+        updates, _ = optimizer.update({"b": jnp.ones((8, 4))}, optimizer.init(zero), zero)
+        np.testing.assert_allclose(updates["b"], -size, rtol=1e-3)
+
+
 REFUSED = {
     "no 8 bits": (OptimizerOptions("lion", state_bits=8), "--state-bits 8 is AdamW's"),
+    "none of adafactor's": (OptimizerOptions("adafactor", ("rank=3",)), "it has min_dim_size_to_factor, decay_rate"),
     "no such option": (OptimizerOptions("lora_plus", ("ratios=3",)), "it has ratio"),
     "the command's own": (OptimizerOptions("lion", ("b1=0.3",)), "no option 'b1'"),
     "no equals sign": (OptimizerOptions("lora_plus", ("ratio",)), "wants NAME=VALUE"),

@@ -82,8 +82,8 @@ class DPO(CausalLM):
         kept = [pair for pair in cuts if not any(side.dropped for side in pair)]
         if not kept:
             raise ValueError(
-                f"none of the {len(examples)} pairs leaves a token to learn within max_length={data.max_length}: their "
-                "prompts fill it"
+                f"none of the {len(examples)} pairs leaves a token to learn within --max-length {data.max_length}: "
+                "their prompts fill it"
             )
         sequences = [side.sequences[0] for pair in kept for side in pair]
         lengths = np.array([len(tokens) for tokens, _ in sequences])

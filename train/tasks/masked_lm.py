@@ -76,7 +76,7 @@ class MaskedLM(base.Task):
         before, after = _specials(model)
         room = data.max_length - len(before) - len(after)
         if room < 1:
-            raise ValueError(f"max_length is {data.max_length}; the special tokens alone are {len(before + after)}")
+            raise ValueError(f"--max-length is {data.max_length}; the special tokens alone are {len(before + after)}")
         texts = [" ".join(filter(None, example)) for example in examples]
         pieces = [
             before + tokens[i : i + room] + after

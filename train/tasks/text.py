@@ -243,7 +243,7 @@ def encode_texts(
     inner = tokenizer.inner
     needed = inner.num_special_tokens_to_add(any(pair is not None for pair in pairs))
     if max_length <= needed:
-        raise ValueError(f"max_length is {max_length}; the special tokens of a text alone are {needed}")
+        raise ValueError(f"--max-length is {max_length}; the special tokens of a text alone are {needed}")
     if not needed:
         raise ValueError("tokenizer.json adds no special tokens (post_processor), and the head reads the first of them")
     inner.enable_truncation(max_length)
