@@ -128,6 +128,9 @@ def make_optimizer(options: OptimizerOptions, rate: optax.ScalarOrSchedule) -> o
                 f"--weight-decay is not available for --optimizer {options.optimizer}: leave it at 0 or take adamw"
             )
         given |= {name: value for name, value in common.items() if name in known}
+    if "where" in known:
+        # As the methods' authors do: not the embedding, and not the norms, of which a stack would pass for a matrix.
+        given.setdefault("where", "**/kernel")
     try:
         optimizer = kind.make(first, **given)
     except (ValueError, TypeError) as error:
