@@ -40,14 +40,27 @@ def test_takes_steps(name):
     assert step._cache_size() == 1
 
 
+def test_stacked_norms_are_no_matrix():
+    """Of the leaves of a model, projected optimizers take the kernels, as long as nothing else is said."""
+    params = {"layers": {"norm": {"scale": jnp.ones((8, 16))}, "proj": {"kernel": jnp.ones((3, 8, 16))}}}
+    shapes = lambda *given: {
+        leaf.shape
+        for leaf in jax.tree.leaves(make_optimizer(OptimizerOptions("galore", ("rank=4", *given)), 0.1).init(params))
+    }
+    assert (8, 16) in shapes() and (3, 4, 16) in shapes() and (4, 16) not in shapes()
+    assert (4, 16) in shapes("where='**'")
+
+
 @pytest.mark.parametrize("name", OF_LAYERS)
 def test_moves_layers(name):
     """Of a tree with stacked layers, named as those of the models are; one without is refused."""
     optimizer = make_optimizer(OptimizerOptions(name, OF_LAYERS[name], state_bits=8), 0.1)
-    params = {"model": {"layers": {"w": jnp.ones((3, 8, 8))}, "norm": jnp.ones(8)}}
+    params = {"model": {"layers": {"w": {"kernel": jnp.ones((3, 8, 8))}}, "norm": jnp.ones(8)}}
     grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), params)
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    assert np.any(updates["model"]["layers"]["w"], axis=(1, 2)).sum() == 1 and np.any(updates["model"]["norm"])
+    assert np.any(updates["model"]["layers"]["w"]["kernel"], axis=(1, 2)).sum() == 1 and np.any(
+        updates["model"]["norm"]
+    )
     with pytest.raises(ValueError, match="wants the layers stacked"):
         optimizer.init({"kernel": jnp.ones((8, 8))})
 
