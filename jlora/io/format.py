@@ -116,6 +116,10 @@ class Format(abc.ABC):
     def shapes(self, config: Config, name: str, view: View) -> dict[str, tuple[int, ...]]:
         """The tensors of a module, and their shapes, as the config and the matrix want them."""
 
+    def reason(self, view: View, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        """Why tensors of these shapes, which are not the wanted ones, are not read; None where that is not known."""
+        return None
+
     @abc.abstractmethod
     def method(self, config: Config, names: Sequence[str | None], tied: bool) -> Method:
         """The method of a leaf that holds these modules; None for a layer that is not adapted."""

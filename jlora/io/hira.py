@@ -9,8 +9,11 @@ embedding     hira_embedding_A [r, vocab], hira_embedding_B [out,    the same
 convolution   hira_A [r, in, *window], hira_B [out, r, 1, ...]       a = A flattened to [in, r] in the kernel's own
                                                                      order, b = B^T
 ============  =====================================================  =================================================
+
+PEFT (0.21.2) gives all modules the rank ``r`` and passes ``rank_pattern`` over: the tensors say what the ranks are.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +25,7 @@ from jlora.io.layouts import Hint, View
 from jlora.methods import HiRA, Method
 
 _A, _B, _EMBEDDING_A, _EMBEDDING_B = "hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"
+_FIRST = re.compile(rf"(?:base_model\.(?:model\.)?)?(.+)\.(?:{_A}|{_EMBEDDING_A})(?:\.[^.]+){{0,2}}")
 
 
 class HiraFormat(Format):
@@ -33,6 +37,15 @@ class HiraFormat(Format):
     fields = frozenset("r hira_dropout rank_pattern".split())
     inert = frozenset({"init_weights"})
     lacks = frozenset({"bias"})
+
+    def settle(self, config: Config, tensors: Tensors) -> Config:
+        """The ranks are those of the tensors, whatever the config says."""
+        found = {key: _FIRST.fullmatch(key) for key in tensors}
+        each = {match[1]: len(tensors[key]) for key, match in found.items() if match and tensors[key].ndim}
+        if not each:
+            return config
+        rank, ranks = matching.as_pattern(each)
+        return {**config, "r": rank, "rank_pattern": ranks}
 
     def _rank(self, config: Config, name: str) -> int:
         return matching.by_pattern(config.get("rank_pattern"), name, config.get("r", 32))
@@ -86,8 +99,14 @@ class HiraFormat(Format):
         return Written(tensors, method, view.n_out)
 
     def config(self, facts: Mapping[str, HiRA]) -> dict[str, Any]:
-        rank, ranks = matching.as_pattern({name: method.rank for name, method in facts.items()})
+        ranks = {method.rank: name for name, method in facts.items()}
+        if len(ranks) > 1:
+            raise ValueError(
+                "PEFT gives all modules of a HiRA file one rank, whatever its rank_pattern says, and here are "
+                f"{', '.join(f'{rank} ({name})' for rank, name in sorted(ranks.items()))}: it could not load the file. "
+                "Train them with one rank, save them one at a time, or merge (jlora.merge)."
+            )
         rates = {method.dropout for method in facts.values()}
         if len(rates) > 1:
             raise ValueError(f"A HIRA file has one dropout for all its modules, and here are {sorted(rates)}.")
-        return {"r": rank, "rank_pattern": ranks, "hira_dropout": rates.pop()}
+        return {"r": next(iter(ranks)), "rank_pattern": {}, "hira_dropout": rates.pop()}

@@ -35,6 +35,12 @@ class View:
     window: tuple[int, ...] = ()
     features_last: bool = True
 
+    @property
+    def core_window(self) -> tuple[int, ...]:
+        """The window axes of a Tucker core. PEFT's has two of them for a convolution along one axis, too."""
+        window = self.window[1:]
+        return (*window, 1) if len(window) == 1 else window
+
     def window_rows(self, tensor: np.ndarray) -> np.ndarray:
         """[k, in features, *window] as canonical [in, k]."""
         if self.features_last:

@@ -33,7 +33,21 @@ _COMMON = frozenset(
     "target_modules exclude_modules modules_to_save layers_to_transform layers_pattern bias fan_in_fan_out "
     "trainable_token_indices".split()
 )
+# What the fields of several formats hold. PEFT takes None for those in the last list, by type.
+_INTEGERS = frozenset(
+    "r init_r gralora_k hybrid_r mini_r oft_block_size num_cayley_neumann_terms boft_block_num boft_block_size "
+    "boft_n_butterfly_factor group_size n_frequency block_size u depth num_vectors topk vector_length theta_d_length "
+    "num_B stride_A n_tasks n_skills n_splits decompose_factor".split()
+)
+_NUMBERS = frozenset(
+    "alpha lora_alpha randlora_alpha lora_dropout gralora_dropout hira_dropout miss_dropout vera_dropout pvera_dropout "
+    "tinylora_dropout psoft_dropout vblora_dropout unilora_dropout randlora_dropout deft_dropout scaling eps "
+    "delora_lambda d_initial weight_tying sparsity sparse_rate regularization_alpha".split()
+)
+_PATTERNS = frozenset("rank_pattern alpha_pattern lambda_pattern n_frequency_pattern block_size_pattern".split())
+_OPTIONAL = {"SUPERTUNING": ("r", "lora_alpha"), "DEFT": ("alpha",)}
 _ROWS = 30
+_HEAD = re.compile(r"^(base_model\.(model\.)?)?")  # of a key, before the name of its module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +93,7 @@ class _Diff:
 
     def __init__(self):
         self.rows: list[tuple[str, str, str, str]] = []
+        self.reasons: dict[str, list[str]] = {}  # what the rows show, where that is known, and of which modules
 
     def add(self, key: str, path: str | None, expected: Any, found: Any) -> None:
         self.rows.append((key, path or "-", str(expected), str(found)))
@@ -91,14 +106,19 @@ class _Diff:
         widths = [max(len(row[i]) for row in table) for i in range(4)]
         lines = ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table]
         more = [f"  ... and {len(self.rows) - _ROWS} more"] if len(self.rows) > _ROWS else []
+        question = (
+            "Is it the adapter of another model? If the leaves are only called otherwise, pass "
+            "load_peft(..., names=function from the path of a leaf to the name of its PyTorch module)."
+        )
+        others = lambda modules: f" and {len(modules) - 1} more" if len(modules) > 1 else ""
+        reasons = [f"{modules[0]}{others(modules)}: {reason}." for reason, modules in self.reasons.items()]
         raise ValueError(
             "\n".join(
                 [
                     f"{where} does not fit these parameters:",
                     *lines,
                     *more,
-                    "Is it the adapter of another model? If the leaves are only called otherwise, pass "
-                    "load_peft(..., names=function from the path of a leaf to the name of its PyTorch module).",
+                    *(reasons or [question]),
                 ]
             )
         )
@@ -138,15 +158,22 @@ def load_peft(
 
     Raises:
       FileNotFoundError: one of the two files is not there.
+      TypeError: ``params`` has adapters already.
       ValueError: the file is damaged, of a kind that is not read, or does not fit: the message has a table.
     """
+    if isinstance(params, Adapted):
+        raise TypeError(
+            f"load_peft({str(directory)!r}, params): got an Adapted, and the parameters of the base model are wanted. "
+            "Pass adapted.base, or jlora.merge(adapted) to put this adapter on top of that one."
+        )
     directory = pathlib.Path(directory)
     where = str(directory)
     config = files.read_config(directory)
     fmt = _format(config, where)
     tree = Tree(params, names, axes, usage)
+    tensors = files.read_tensors(directory)
     try:
-        tensors = fmt.complete(config, files.read_tensors(directory), lambda: _targets(tree, config))
+        tensors = fmt.complete(config, tensors, lambda: _targets(tree, config))
     except ValueError as error:
         raise ValueError(f"{where}: {error}.") from None
     config = fmt.settle(config, tensors)
@@ -235,13 +262,39 @@ def _format(config: Mapping[str, Any], where: str) -> Format:
     if real:
         asked = ", ".join(f"{k}={v!r}" for k, v in sorted(real.items()))
         raise ValueError(f"{where}: the config asks for {asked}, which is not read here and may change the result.")
+    if wrong := _wrong_type(config, fmt):
+        raise ValueError(f"{pathlib.Path(where) / files.CONFIG}: {wrong}. Correct the file, or save the adapter again.")
     bias = config.get("bias", "none")
     problem = fmt.check(config)
-    if bias not in ("none", "all", fmt.own_biases):
+    # PEFT takes whatever ends so for the biases of the adapted modules; FourierFT's own word is "fourier_only".
+    if not isinstance(bias, str) or not (bias in ("none", "all") or bias.endswith("_only")):
         problem = f"bias={bias!r}, where 'none', 'all' or {fmt.own_biases!r} is wanted"
     if problem:
         raise ValueError(f"{where}: {problem}.")
     return fmt
+
+
+def _wrong_type(config: Mapping[str, Any], fmt: Format) -> str | None:
+    """A field that does not hold what PEFT has there: what was got, and what is wanted."""
+    number = lambda value, types: isinstance(value, types) and not isinstance(value, bool)
+    for key in sorted(fmt.fields & config.keys()):
+        value, wanted = config[key], None
+        if value is None and key in (*_PATTERNS, *_OPTIONAL.get(fmt.peft_type, ())):
+            continue
+        if key in _INTEGERS and not number(value, int):
+            wanted = "an integer"
+        elif key in _NUMBERS and not number(value, int | float):
+            wanted = "a number"
+        elif key in _PATTERNS and not isinstance(value, Mapping):
+            wanted = "an object of names and numbers"
+        elif key in _PATTERNS:
+            # AdaLoRA keeps a list of what is left of each rank.
+            bad = next((k for k, v in value.items() if not (number(v, int | float) or isinstance(v, list))), None)
+            if bad is not None:
+                key, value, wanted = f"{key}[{bad!r}]", value[bad], "a number"
+        if wanted:
+            return f"{key} is {value!r}, a {type(value).__name__}, where {wanted} is wanted"
+    return None
 
 
 def _targets(tree: Tree, config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -273,7 +326,7 @@ def _sort(tensors: Mapping[str, np.ndarray], fmt: Format, where: str) -> _Conten
     patterns = {suffix: _suffix_pattern(suffix) for suffix in (*suffixes, *fmt.shared)}
     content = _Content(collections.defaultdict(dict), {}, {}, {})
     for key, array in tensors.items():
-        name = re.sub(r"^base_model\.(model\.)?", "", key)
+        name = _HEAD.sub("", key)
         tensor = _Tensor(key, array)
         for suffix, pattern in patterns.items():
             if match := pattern.fullmatch(name):
@@ -317,8 +370,8 @@ def _locate(
         else:
             pairs = _nested_parameters(tree, fmt, config, content, stem, levels)
         for place, module in pairs:
-            prefix = next(iter(content.modules[module].values())).key
-            prefix = prefix[: prefix.index(module) + len(module)]
+            key = next(iter(content.modules[module].values())).key
+            prefix = (_HEAD.match(key)[0] + module).rstrip(".")
             found[place.path][place.index] = _Member(place, prefix, content.modules[module])
         if not pairs:
             for module in levels.values():
@@ -386,12 +439,17 @@ def _sites(
         views[path] = view(axes, shape, tree.last(path), place.bare, len(place.index))
         for member in at.values():
             wanted = fmt.shapes(config, member.place.target, views[path])
+            before = len(diff.rows)
             for suffix in wanted.keys() | member.tensors.keys() - {fmt.offset}:
                 tensor = member.tensors.get(suffix)
                 found = "missing" if tensor is None else tensor.shape
                 if found != wanted.get(suffix):
                     key = f"{member.prefix}.{suffix}" if tensor is None else tensor.key
                     diff.add(key, path, wanted.get(suffix, "no such tensor"), found)
+            if len(diff.rows) > before:
+                shapes = {suffix: tensor.shape for suffix, tensor in member.tensors.items()}
+                if reason := fmt.reason(views[path], shapes):
+                    diff.reasons.setdefault(reason, []).append(member.place.module)
         named = [at.get(p.index) and p.target for p in tree.by_path[path]]
         method = fmt.method(config, named, tied=axes.kind == "embedding" and tree.tied(path))
         if getattr(method, "varies", False) and len(axes.stack) != 1:

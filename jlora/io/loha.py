@@ -56,8 +56,7 @@ class LohaFormat(Format):
     def shapes(self, config: Config, name: str, view: View) -> dict[str, tuple[int, ...]]:
         r, _ = self._rank_alpha(config, name)
         if self._tucker(config.get("use_effective_conv2d", False), view):
-            features, *window = view.window
-            each = (r, view.n_out), (r, features), (r, r, *window)
+            each = (r, view.n_out), (r, view.window[0]), (r, r, *view.core_window)
         else:
             each = (view.n_out, r), (r, view.n_in)
         return {name: shape for i in (1, 2) for name, shape in zip(_names(i), each, strict=False)}
@@ -100,9 +99,8 @@ class LohaFormat(Format):
         for i in (1, 2):
             a, b, t = (arrays.get(f"{name}{i}") for name in "abt")
             if t is not None:
-                window = view.window[1:]
                 t = t[:, :, 0].transpose(2, 1, 0) if view.features_last else t[0].transpose(2, 0, 1)
-                each = b, a.T, t.reshape(*t.shape[:2], *window)
+                each = b, a.T, t.reshape(*t.shape[:2], *view.core_window)
             elif view.kind == "conv":
                 each = b.T, view.window_tensor(a).reshape(a.shape[1], -1)
             else:

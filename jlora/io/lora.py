@@ -159,6 +159,19 @@ class LoraFormat(Format):
             shapes[_MAGNITUDE] = (1, view.n_out, *ones) if view.kind == "conv" else (view.n_out,)
         return shapes
 
+    def reason(self, view: View, shapes: Mapping[str, Sequence[int]]) -> str | None:
+        a, b = shapes.get(_A), shapes.get(_B)
+        if view.kind != "conv" or not a or not b or len(a) < 3 or a[1] <= view.window[0] or a[1] % view.window[0]:
+            return None
+        groups = a[1] // view.window[0]
+        if b[1] * groups != a[0]:
+            return None
+        return (
+            f"these are the shapes of a convolution of {groups} groups. Its LoRA in PEFT goes across the groups and is "
+            "no change of the weight (PEFT cannot merge it either), so it is not read here. Leave it out of "
+            "target_modules, or train LoHa or LoKr on it"
+        )
+
     def method(self, config: Config, names: Sequence[str | None], tied: bool) -> Method:
         each = [self._rank_alpha(config, name) if name is not None else None for name in names]
         ranks = tuple(pair[0] if pair else 0 for pair in each)

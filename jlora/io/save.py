@@ -53,8 +53,14 @@ def save_peft(
       dtype: of the tensors; float32 by default.
 
     Raises:
+      TypeError: ``adapted`` is something else.
       ValueError: PEFT's format has no way to say this. Nothing is written then.
     """
+    if not isinstance(adapted, Adapted):
+        raise TypeError(
+            f"save_peft({type(adapted).__name__}, ...): what jlora.adapt or load_peft gave, an Adapted, is wanted. A "
+            "plain tree has no adapters; with trained values in hand, pass adapted.replace(trainable=...)."
+        )
     sites = adapted.sites
     matrices = {path: site for path, site in sites.items() if not site.method.whole_leaf}
     rows = {path: site for path, site in matrices.items() if isinstance(site.method, TrainableTokens)}

@@ -18,9 +18,12 @@ A convolution's and a ragged product's change is formed, [in, out], and formed a
   1 x itself.
 * W_1 (or B_1) starts at 0, the others uniform in +-1/sqrt(inputs of the factor). ``zero="second"`` starts W_2 (or A_2)
   at 0 instead, as LyCORIS does.
-* The window of a convolution belongs to W_2: [window, i2, o2], and i1 i2 are its features.
-* The scale is alpha / r always, as in PEFT; LyCORIS has 1 where both are whole. PEFT's Tucker form of convolutions and
-  its dropouts of output rows and of whole modules are not here.
+* The window of a convolution belongs to W_2: [window, i2, o2], and i1 i2 are its features. With ``effective_conv`` a
+  W_2 that is not whole has a Tucker form: A_2 is ``A[(window, f), k] = sum_j T[window, j, k] U[f, j]`` of a core T with
+  r^2 entries for each place of the window and U [i2, r]. Trained for it then: r (i2 + o2) + r^2 window. Windows of size
+  1 have no core.
+* The scale is alpha / r always, as in PEFT; LyCORIS has 1 where both are whole. PEFT's dropouts of output rows and of
+  whole modules are not here.
 
 When to use it: the smallest adapters that still have a high rank (that of W_1 times that of W_2): thousands of numbers
 for a matrix of millions.
@@ -60,7 +63,8 @@ class LoKr(Method):
 
     Parameters of a leaf: trainable ``"w1": [*stack, i1, o1]`` or ``"a1": [*stack, i1, r], "b1": [*stack, r, o1]``, and
     ``"w2": [*stack, i2, o2]`` or ``"a2": [*stack, i2, r], "b2": [*stack, r, o2]``. For a convolution i2 in w2 and a2
-    stands for three axes, [before, i2, after]: the parts of the window on either side of the features.
+    stands for three axes, [before, i2, after]: the parts of the window on either side of the features. In Tucker form
+    ``"a2"`` is [i2, r], beside the core ``"t2": [*stack, before, r, after, r]``.
 
     Attributes:
       rank: r of W_2. A large one, 10000 say, trains W_2 whole.
@@ -68,6 +72,7 @@ class LoKr(Method):
       decompose_both: give W_1 a rank, too.
       factor: of both sizes, or -1.
       zero: "first" or "second": the factor that starts at zero.
+      effective_conv: the Tucker form for convolutions.
     """
 
     rank: int = 8
@@ -76,6 +81,7 @@ class LoKr(Method):
     decompose_both: bool = False
     factor: int = -1
     zero: str = "first"
+    effective_conv: bool = False
 
     def __post_init__(self):
         require(
@@ -103,21 +109,25 @@ class LoKr(Method):
 
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         """Of the parameters of one matrix."""
-        _, n_in, n_out = site.canonical_shape
+        (_, n_in, n_out), r = site.canonical_shape, self.rank
         before, n_in, after = site.window if site.axes.kind == "conv" else (1, n_in, 1)
         (i1, i2), (o1, o2) = self.split(n_in, n_out)
         first, second = self.whole(n_in, n_out)
         inputs = (before, i2, after) if site.axes.kind == "conv" else (i2,)
-        one = {"w1": (i1, o1)} if first else {"a1": (i1, self.rank), "b1": (self.rank, o1)}
-        two = {"w2": (*inputs, o2)} if second else {"a2": (*inputs, self.rank), "b2": (self.rank, o2)}
-        return one | two
+        one = {"w1": (i1, o1)} if first else {"a1": (i1, r), "b1": (r, o1)}
+        if second:
+            return one | {"w2": (*inputs, o2)}
+        if self.effective_conv and before * after > 1:
+            return one | {"a2": (i2, r), "b2": (r, o2), "t2": (before, r, after, r)}
+        return one | {"a2": (*inputs, r), "b2": (r, o2)}
 
     def init(self, key: Any, w: Array, site: Site, dtype: Any) -> Params:
         zero = {"w1", "b1"} if self.zero == "first" else {"w2", "a2"}
-        out = {}
-        for i, (name, shape) in enumerate(self.shapes(site).items()):
+        out, shapes = {}, self.shapes(site)
+        for i, (name, shape) in enumerate(shapes.items()):
             looked_up = site.axes.kind == "embedding" and not name.startswith("b")
-            bound = 1.0 if looked_up else math.prod(shape[:-1]) ** -0.5
+            fan = shape[-1] if name == "b2" and "t2" in shapes else math.prod(shape[:-1])  # as PEFT has it
+            bound = 1.0 if looked_up else fan**-0.5
             uniform = jax.random.uniform(jax.random.fold_in(key, i), shape, dtype, -bound, bound)
             out[name] = jnp.zeros(shape, dtype) if name in zero else uniform
         return Params(out)
@@ -128,24 +138,27 @@ class LoKr(Method):
     def dims(self, p: Params) -> Params:
         window = {"w2": "_ _ _ _", "a2": "_ _ _ rank"}
         matrix = {"w1": "_ _", "w2": "_ _", "a1": "_ rank", "a2": "_ rank", "b1": "rank _", "b2": "rank _"}
+        matrix["t2"] = "_ rank _ rank"
         conv = {name: self._is_window(p) and name in window for name in p.trainable}
         return Params({name: window[name] if conv[name] else matrix[name] for name in p.trainable})
 
     def _is_window(self, p: Params) -> bool:
-        """Whether the parameters, of one matrix or stacked, are a convolution's."""
+        """Whether W_2 or A_2, of one matrix or stacked, has the axes of a convolution's window."""
         t = p.trainable
         second = t["w2"] if "w2" in t else t["a2"]
         return second.ndim == (t["w1"] if "w1" in t else t["a1"]).ndim + 2
 
     def pieces(self, p: Params) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """The matrices whose product is W_1, and those whose product is W_2."""
+        """The matrices whose product is W_1, and those whose product is W_2, the Tucker form multiplied out."""
         t = p.trainable
         one, two = ((t[f"w{i}"],) if f"w{i}" in t else (t[f"a{i}"], t[f"b{i}"]) for i in (1, 2))
+        if "t2" in t:
+            two = jnp.einsum("pjqk,nj->pnqk", t["t2"], two[0]), two[1]
         return one, two
 
     def weight(self, w: Array, p: Params) -> Array:
         w1, w2 = (pieces[0] if len(pieces) == 1 else pieces[0] @ pieces[1] for pieces in self.pieces(p))
-        if self._is_window(p):
+        if w2.ndim > w1.ndim:
             delta = jnp.einsum("ml,pnqk->pmnqlk", w1, w2)
         else:
             delta = jnp.einsum("ml,nk->mnlk", w1, w2)

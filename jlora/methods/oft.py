@@ -156,11 +156,11 @@ class OFT(Method):
         return Params(trainable={"q": "_ _"})
 
     def project(self, p: Params) -> dict[str, Array]:
-        """q where ``coft`` wants it. The bound is rounded to float32, as PEFT's is."""
+        """q where ``coft`` wants it. The bound is a float32 number, with the roundings that PEFT's takes on its way."""
         q = p.trainable["q"]
         if self.coft is None:
             return {"q": q}
-        bound = float(np.float32(self.coft) / np.sqrt(np.float32(q.shape[-2])))
+        bound = float(np.float32(1) / np.sqrt(np.float32(q.shape[-2])) * np.float32(self.coft))
         norms = math.sqrt(2.0) * jnp.linalg.norm(q, axis=-1, keepdims=True)
         return {"q": jnp.where(norms <= bound, q, q * (bound / jnp.maximum(norms, bound)))}
 

@@ -375,7 +375,7 @@ def test_unknown_fields(nested, tmp_path):
     [
         {"init_lora_weights": "pissa_niter_4"},
         {"init_lora_weights": "olora"},
-        {"bias": "vera_only"},
+        {"bias": "lora"},
         {"peft_type": "NEW"},
         {"peft_type": "BONE"},
     ],
@@ -385,10 +385,71 @@ def test_values_that_are_refused(nested, config, tmp_path):
     assert repr(value) in refusal(write(tmp_path / "a", lora_tensors(*QS), **config), nested)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "got", "wanted"),
+    [
+        ("lora_alpha", "x", "'x', a str", "a number"),
+        ("lora_alpha", None, "None, a NoneType", "a number"),
+        ("r", "2", "'2', a str", "an integer"),
+        ("r", 2.5, "2.5, a float", "an integer"),
+        ("r", None, "None, a NoneType", "an integer"),
+        ("r", True, "True, a bool", "an integer"),
+        ("lora_dropout", [0.1], "[0.1], a list", "a number"),
+        ("rank_pattern", [3], "[3], a list", "an object of names and numbers"),
+        ("alpha_pattern", {"q": "x"}, "'x', a str", "a number"),
+    ],
+)
+def test_fields_of_another_type(nested, field, value, got, wanted, tmp_path):
+    text = refusal(write(tmp_path / "a", lora_tensors(*QS), **{field: value}), nested)
+    name = f"{field}['q']" if isinstance(value, dict) else field
+    assert f"{tmp_path / 'a' / 'adapter_config.json'}: {name} is {got}, where {wanted} is wanted" in text
+
+
+def test_fields_that_may_be_null(nested, tmp_path):
+    tensors = lora_tensors(*QS)
+    load_peft(write(tmp_path / "a", tensors, rank_pattern=None, alpha_pattern=None, lora_alpha=4.5), nested)
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "vera_only", "my_only"])
+def test_every_kind_of_only_means_the_biases_of_the_adapted_modules(nested, bias, tmp_path):
+    """PEFT takes any; FourierFT's documentation has "fourier_only", say."""
+    tensors = lora_tensors(*QS)
+    trained = {f"base_model.model.{q}.base_layer.bias": normal(OUT) for q in QS}
+    adapted = load_peft(write(tmp_path / "a", tensors | trained, bias=bias), nested)
+    for i, value in enumerate(trained.values()):
+        np.testing.assert_array_equal(merged(adapted)[f"layers/{i}/q/bias"], value)
+    assert "layers.2.q.base_layer.bias" in refusal(
+        write(tmp_path / "b", tensors | dict(list(trained.items())[:2]), bias=bias), nested
+    )
+
+
+def test_names_that_are_part_of_the_prefix(tmp_path):
+    """The letter a is in "base_model", too."""
+    tensors, params = lora_tensors("a", "b"), {name: {"kernel": jnp.ones((IN, OUT))} for name in "ab"}
+    text = refusal(write(tmp_path / "a", tensors, use_dora=True, target_modules=["a", "b"]), params)
+    rows = [line.split()[0] for line in text.splitlines()[2:-1]]
+    assert rows == [f"base_model.model.{name}.lora_magnitude_vector" for name in "ab"]
+
+
+def test_trees_with_and_without_adapters(nested, tmp_path):
+    adapted = adapt(nested, {"**/q/kernel": jlora.LoRA(2)})
+    save_peft(adapted, tmp_path / "a")
+    with pytest.raises(TypeError, match=r"got an Adapted.*adapted\.base, or jlora\.merge"):
+        load_peft(tmp_path / "a", adapted)
+    for wrong in (nested, adapted.trainable, None):
+        with pytest.raises(TypeError, match=rf"save_peft\({type(wrong).__name__}, .*jlora\.adapt.*is wanted"):
+            save_peft(wrong, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_damaged_files(nested, tmp_path):
     directory = write(tmp_path / "a", lora_tensors(*QS))
     weights = directory / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-5])
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:4])
+    assert refusal(directory, nested).endswith("fetch it again.")
+    assert not refusal(directory, nested).endswith("..")
+    weights.write_bytes(whole[:-5])
     assert str(weights) in refusal(directory, nested)
     weights.rename(directory / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="adapter_model.bin, a pickle"):

@@ -32,6 +32,8 @@ METHODS = {
     "both": jlora.LoKr(1, alpha=3.0, decompose_both=True),
     "whole": jlora.LoKr(20, alpha=3.0, zero="second"),
     "factor": jlora.LoKr(20, alpha=3.0, factor=2),
+    "tucker": jlora.LoKr(2, alpha=3.0, effective_conv=True),
+    "tucker_both": jlora.LoKr(1, alpha=3.0, decompose_both=True, zero="second", effective_conv=True),
 }
 
 
@@ -42,6 +44,8 @@ def normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
 def change(t: dict, scale: float) -> jax.Array:
     """Of one matrix."""
     w1, w2 = (t[f"w{i}"] if f"w{i}" in t else t[f"a{i}"] @ t[f"b{i}"] for i in (1, 2))
+    if "t2" in t:
+        w2 = jnp.einsum("pjqk,nj,kl->pnql", t["t2"], t["a2"], t["b2"])
     if w2.ndim == 2:
         return scale * jnp.kron(w1, w2)
     return scale * jnp.stack([jnp.kron(w1, w2[i, :, 0]) for i in range(len(w2))])
@@ -99,3 +103,23 @@ def test_rank_multiplies_and_sizes():
 def test_bad_values(bad):
     with pytest.raises(ValueError, match="wanted|positive"):
         jlora.LoKr(**bad)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "core"),
+    [
+        ((3, 2, 12, 40), WINDOW, (6, 2, 1, 2)),
+        ((40, 12, 3, 2), jlora.Axes((1, 2, 3), (0,), kind="conv"), (1, 2, 6, 2)),
+        ((1, 1, 12, 40), WINDOW, None),
+    ],
+)
+def test_tucker_form(shape, axes, core):
+    """A core where there is a window and W_2 has a rank."""
+    adapted = jlora.adapt({"w": normal(0, shape)}, METHODS["tucker"], "w", axes={"w": axes}, key=jax.random.key(0))
+    shapes = jax.tree.map(jnp.shape, adapted.trainable["w"])
+    assert shapes.get("t2") == core and shapes["b2"] == (2, 8)
+    assert shapes["a2"] == ((4, 2) if core else (1, 4, 1, 2))
+    whole = jlora.adapt(
+        {"w": normal(0, shape)}, jlora.LoKr(4, effective_conv=True), "w", axes={"w": axes}, key=jax.random.key(0)
+    )
+    assert "t2" not in whole.trainable["w"]

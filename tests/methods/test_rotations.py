@@ -89,6 +89,22 @@ def test_constrained_oft() -> None:
     assert np.abs(grads["kernel"]["q"]).max() > 0  # as if q were where it is drawn back to
 
 
+@pytest.mark.parametrize(
+    ("eps", "blocks", "bound"),
+    [
+        (6e-05, 2, 4.242640352458693e-05),
+        (6e-05, 4, 2.9999999242136255e-05),
+        (0.1, 8, 0.035355340689420700),
+        (1e-4, 7, 3.7796449760207906e-05),
+    ],
+)
+def test_bound_of_constrained_oft(eps: float, blocks: int, bound: float) -> None:
+    """As PEFT 0.21.2 has it with torch 2.13.0: the reciprocal root of the number of blocks, times eps, in float32."""
+    q = jnp.asarray(RNG.normal(size=(blocks, 6)))
+    kept = jlora.OFT(4, coft=eps).project(Params({"q": q}))["q"]
+    np.testing.assert_allclose(np.sqrt(2) * np.linalg.norm(kept, axis=1), bound, rtol=1e-12)
+
+
 @pytest.mark.parametrize("rank", [1, 3, 4])
 def test_hra(rank: int) -> None:
     u, wanted = RNG.normal(size=(16, rank)), W
