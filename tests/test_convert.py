@@ -1,12 +1,14 @@
 """Conversion to plain LoRA, beyond the law that every method obeys (tests/conformance/test_law_convert.py)."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from recorded import arrays, cases
 
 import jlora
 from jlora.io import load_peft
@@ -36,38 +38,59 @@ def change(adapted: jlora.Adapted) -> np.ndarray:
 
 # Against PEFT's own conversion. Its decomposition is in float32.
 
-CONFIGS = {
-    "lora": {"peft_type": "LORA", "r": 6, "lora_alpha": 3},
-    "loha": {"peft_type": "LOHA", "r": 2, "alpha": 4},
-    "lokr": {"peft_type": "LOKR", "r": 2, "alpha": 4},
-    "miss": {"peft_type": "MISS", "r": 4},
+# Of the types that were recorded without their configuration: a tensor whose first axis is the rank, alpha's name.
+RANKED = {
+    "LORA": ("lora_A.weight", "lora_alpha"),
+    "LOHA": ("hada_w1_b", "alpha"),
+    "LOKR": ("lokr_w2_b", "alpha"),
+    "MISS": ("miss_block", None),
 }
 
 
-@pytest.mark.parametrize("rank", [3, 0.9])
-@pytest.mark.parametrize("case", CONFIGS)
-def test_peft_converts_likewise(case, rank, oracles, tmp_path):
-    with np.load(oracles / "convert_to_lora.npz") as z:
-        part = lambda prefix: {k[len(prefix) + 1 :]: z[k] for k in z.files if k.startswith(f"{prefix}/")}
-        base, tensors, wanted = part(f"{case}/base"), part(f"{case}/adapter"), part(f"{case}/rank{rank}")
-        patterns = json.loads(str(z[f"{case}/rank{rank}_config_json"]))
-    params = {module: {} for module in ("lin0", "lin1")}
+@pytest.mark.parametrize("case", cases("convert_to_lora.npz"))
+def test_peft_converts_likewise(case, tmp_path):
+    z = arrays("convert_to_lora.npz", case)
+    part = lambda prefix: {key.removeprefix(prefix): z[key] for key in z if key.startswith(prefix)}
+    base, tensors = part("base/"), part("adapter/")
+    params: dict[str, dict] = {}
     for name, value in base.items():
         module, leaf = name.split(".")
-        params[module][leaf] = jnp.asarray(value)
-    config = CONFIGS[case] | {"target_modules": ["lin0", "lin1"], "peft_version": "0.21.2"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
-    adapted = load_peft(tmp_path, params, axes={"**/weight": jlora.Axes((1,), (0,))})
-    # PEFT gives MiSS its own rank, whatever is asked for. Here that is what a rank of 4 gives.
-    lora, report = jlora.to_lora(adapted, 4 if case == "miss" else rank)
-    assert all(leaf.exact == (case == "miss") for leaf in report.leaves.values())
-    for module in params:
-        name = f"base_model.model.{module}"
-        a, b = wanted[f"{name}.lora_A.weight"], wanted[f"{name}.lora_B.weight"]
-        pair = lora.trainable[f"{module}/weight"]
-        assert pair.rank == len(a) == patterns["rank_pattern"].get(module, patterns["r"])
-        np.testing.assert_allclose(pair.product().T, b @ a, rtol=0, atol=2e-6 * np.abs(b @ a).max())
+        params.setdefault(module, {})[leaf] = jnp.asarray(value)
+    kind = next(k for k, (suffix, _) in RANKED.items() if any(key.endswith(suffix) for key in tensors))
+    suffix, alpha = RANKED[kind]
+    r = next(len(value) for key, value in tensors.items() if key.endswith(suffix))
+
+    def read(**options):
+        config = {"peft_type": kind, "r": r, "target_modules": list(params), "peft_version": "0.21.2"} | options
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+        adapted = load_peft(tmp_path, params, axes={"**/weight": jlora.Axes((1,), (0,))})
+        merged = jlora.merge(adapted)
+        return adapted, {m: np.asarray(merged[m]["weight"] - own["weight"]) for m, own in params.items()}
+
+    adapted, delta = read(**({alpha: r} if alpha else {}))
+    if alpha:  # which is not recorded, but the change is
+        recorded = part("delta/")
+        scale = np.mean([np.vdot(recorded[m], change) / np.vdot(change, change) for m, change in delta.items()])
+        adapted, delta = read(**{alpha: round(r * scale, 6)})
+        for module, wanted in recorded.items():
+            np.testing.assert_allclose(delta[module], wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+    configs = {key.removesuffix("_config_json"): v for key, v in z.items() if re.fullmatch(r"rank.+_config_json", key)}
+    assert configs
+    for name, config in configs.items():
+        wanted, patterns, asked = part(f"{name}/"), json.loads(str(config)), float(name.removeprefix("rank"))
+        # PEFT gives MiSS its own rank, whatever is asked for.
+        rank = r if kind == "MISS" else int(asked) if asked >= 1 else asked
+        lora, report = jlora.to_lora(adapted, rank)
+        for module in params:
+            key, path = f"base_model.model.{module}", f"{module}/weight"
+            a, b = wanted[f"{key}.lora_A.weight"], wanted[f"{key}.lora_B.weight"]
+            pair, leaf = lora.trainable[path], report.leaves[path]
+            assert leaf.exact == (kind in ("LORA", "MISS") and r <= rank)
+            assert pair.rank == len(a) == patterns["rank_pattern"].get(module, patterns["r"])
+            np.testing.assert_allclose(pair.product().T, b @ a, rtol=0, atol=2e-6 * np.abs(b @ a).max())
+            lost = np.linalg.norm(b @ a - delta[module]) / np.linalg.norm(delta[module])
+            np.testing.assert_allclose(leaf.error, lost, atol=2e-6)
 
 
 # What the ranks come to.

@@ -6,7 +6,7 @@ case that ``load_peft`` refuses is skipped with the refusal.
 
 Nothing here knows a method. A case is written out as the files that PEFT would leave, and read by ``load_peft``. A
 format only moves numbers about, so recorded gradients and trained values are brought into jlora's shapes in the same
-way: as files of their own. A third file, of ones and zeros, says which numbers PEFT trains.
+way: as files of their own. A third file, in which what PEFT trains is another number, says where that went.
 """
 
 import functools
@@ -29,10 +29,12 @@ from jlora.io.formats import FORMATS
 from jlora.weight import Params
 
 DIRECTORY = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[2] / "shared" / "oracles"))
-# Relative to the largest number of an array, absolute below 1. LoHa keeps its scale in float32, C3A its transforms,
-# FourierFT all of the change (what it recorded are float32 numbers, exactly). OSF decomposes the base in float32 and
-# does not save that: its start is decomposed anew. (From the recorded start: 1e-10, tests/methods/test_osf.py.)
-TOLERANCE = {"float64": 1e-10, "float32": 1e-6, "LOHA": 1e-7, "C3A": 1e-6, "DEFT": 1e-6, "FOURIERFT": 1e-6, "OSF": 1e-5}
+# Relative to the largest number of an array, absolute below 1. What PEFT computes in float32, and DEFT's projections,
+# are off by their last bits, by how many depends on the numbers that were drawn: up to 2.9e-6 over twenty draws. LoHa
+# keeps its scale in float32, C3A its transforms, FourierFT all of the change (what it recorded are float32 numbers,
+# exactly). OSF decomposes the base in float32 and does not save that: its start is decomposed anew. (From the recorded
+# start: 1e-10, tests/methods/test_osf.py.)
+TOLERANCE = {"float64": 1e-10, "float32": 5e-6, "LOHA": 1e-7, "C3A": 1e-6, "DEFT": 5e-6, "FOURIERFT": 1e-6, "OSF": 1e-5}
 # FRoD is not given U, which PEFT rounds to float32 (with that U: 1e-10, tests/methods/test_frod.py).
 TOLERANCE |= {"FROD": 1e-6}
 # KaSA is not given the base that PEFT truncated, in float32 (with that base: 1e-10, tests/methods/test_kasa.py).
@@ -45,13 +47,10 @@ def wrong_gradients(config: dict) -> str | None:
 
     It differentiates the effective convolution of LoHa by hand and takes the other product's core in one place; and C3A
     by its input: the gradient of the last layer's kernel agrees with finite differences, what lies before it does not.
-    (The conformance suite holds ours to the merged model's.) One gradient of PSOFT, which runs in float32, is 1.9e-6
-    from the float64 one of the same formula and parameters, beyond what is allowed to float32 here.
+    (The conformance suite holds ours to the merged model's.)
     """
     if config["peft_type"] == "LOHA" and config.get("use_effective_conv2d"):
         return r"hada_w[12]_a"
-    if config.get("ab_svd_init") == "pissa_init":
-        return r"lin1\.psoft_R$"
     return r"lin0|^x$" if config["peft_type"] == "C3A" else None
 
 
@@ -204,6 +203,15 @@ class Case:
         safetensors.numpy.save_file(tensors, self.scratch / "adapter_model.safetensors", {"format": "pt"})
         return load_peft(self.scratch, self.base, axes=self.axes, usage=self.usage)
 
+    def begun(self) -> jlora.Adapted | None:
+        """PEFT's own start; None where a file of that is refused, since the first batch was to set a part of it."""
+        try:
+            return self.read(self.group("init/"))
+        except ValueError as refusal:
+            if "the first batch" not in str(refusal):
+                raise
+            return None
+
     def close(self, got: Any, wanted: Any, what: str) -> None:
         got, wanted = np.asarray(got), np.asarray(wanted)
         assert got.shape == wanted.shape, f"{what}: shape {got.shape}, recorded {wanted.shape}"
@@ -243,8 +251,9 @@ def test_case(where: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
     x = jnp.asarray(z["x"])
     wrong = wrong_gradients(case.config)
     recorded = {k: v for k, v in case.group("grad/").items() if not wrong or not re.search(wrong, same(k))}
-    zeros = {k: np.zeros_like(v) for k, v in case.disk.items() if v.dtype.kind == "f"}
-    mask = case.read(zeros | {k: np.ones_like(v) for k, v in recorded.items()}).trainable
+    trained = {case.on_disk(key) for key in recorded}
+    others = case.read({key: v + 1 for key, v in case.disk.items() if same(key) in trained}).trainable
+    mask = jax.tree.map(lambda a, b: (a != b).astype(a.dtype), adapted.trainable, others)
 
     @jax.jit
     def run(adapted: jlora.Adapted, trainable: Any, x: jax.Array, target: jax.Array, weight: float):
@@ -273,8 +282,7 @@ def test_case(where: tuple[pathlib.Path, str], tmp_path: pathlib.Path) -> None:
         case.close(grads[1], z["grad_x"], "gradient of x")
 
     # At PEFT's own start, and without an adapter.
-    start = case.read(case.group("init/"))
-    if np.isfinite(z["y_init"]).all():
+    if np.isfinite(z["y_init"]).all() and (start := case.begun()) is not None:
         case.close(run(start, start.trainable, x, zero, 1.0)[0], z["y_init"], "y_init")
     case.close(model(case.tree(case.group("base/")), x), z["y_base"], "y_base")
     disabled = dict(case.start)

@@ -1,13 +1,13 @@
 """AdaMSS against PEFT's numbers from PEFT's own start, and its groups."""
 
 import json
-import os
 import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorded import arrays, cases
 
 import jlora
 from jlora.io import load_peft, save_peft
@@ -15,18 +15,15 @@ from jlora.methods.adamss import clusters
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-ORACLES = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
 LAYERS = ("lin0", "lin1")
 
 
-@pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no directory {ORACLES}: set JLORA_ORACLES")
-@pytest.mark.parametrize("case", ["mlp", "mlp_nobias"])
+@pytest.mark.parametrize("case", cases("adamss.npz"))
 def test_peft_from_its_own_start(case: str) -> None:
     """A bias is one more row of the weight to PEFT, and so it is here."""
-    with np.load(ORACLES / "adamss.npz") as file:
-        z = {k.removeprefix(f"{case}/"): file[k] for k in file.files if k.startswith(f"{case}/")}
-    biased = "base/lin0.bias" in z
-    subspaces, r = (3, 1) if biased else (2, 2)
+    z = arrays("adamss.npz", case)
+    config, biased = json.loads(str(z["config_json"])), "base/lin0.bias" in z
+    subspaces, r = config["num_subspaces"], config["subspace_rank"]
     part = lambda prefix, layer, name: [z[f"{prefix}{layer}.adamss_{name}.{k}"] for k in range(subspaces)]
 
     def of(prefix: str) -> dict:

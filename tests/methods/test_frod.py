@@ -1,7 +1,6 @@
 """FRoD against PEFT's numbers from PEFT's own start, its basis, and its files."""
 
 import json
-import os
 import pathlib
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from recorded import arrays, cases
 
 import jlora
 from jlora.io import load_peft, save_peft
@@ -16,7 +16,6 @@ from jlora.io.frod import kind
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-ORACLES = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
 LAYERS = ("lin0", "lin1")
 
 
@@ -24,14 +23,20 @@ def random(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-@pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no directory {ORACLES}: set JLORA_ORACLES")
-def test_peft_from_its_own_start() -> None:
+def recorded(case: str) -> tuple[dict[str, np.ndarray], dict]:
+    """A case's arrays, those that PEFT did not save where it saves them, and its configuration."""
+    z = arrays("frod.npz", case)
+    z |= {k.replace("frozen/", "adapter/"): v for k, v in z.items() if k.startswith("frozen/base_model.")}
+    return z, json.loads(str(z["config_json"]))
+
+
+@pytest.mark.parametrize("case", cases("frod.npz"))
+def test_peft_from_its_own_start(case: str) -> None:
     """The general test of the oracles finds U anew; here it is PEFT's, of float32, and so is the weight that it makes:
     PEFT puts that in the place of the base's, 1e-7 away."""
-    with np.load(ORACLES / "frod.npz") as file:
-        z = {k.removeprefix("mlp/"): file[k] for k in file.files}
+    z, config = recorded(case)
     here = "base_model.model."
-    rules = {f"{layer}/kernel": jlora.FRoD(0.1, group=f"frod.{layer}") for layer in LAYERS}
+    rules = {f"{layer}/kernel": jlora.FRoD(config["sparse_rate"], group=f"frod.{layer}") for layer in LAYERS}
     of = lambda prefix: {
         f"{layer}/kernel": {
             "diagonal": jnp.asarray(z[f"{prefix}{layer}.frod_lambda_l"]),
@@ -47,14 +52,14 @@ def test_peft_from_its_own_start() -> None:
         np.testing.assert_allclose(base[name]["kernel"], z[f"base/{name}.weight"].T, atol=1e-6)
         frozen[layer] = {"u": jnp.asarray(u), "start": own["diagonal"]}
         places = z[f"adapter/base_model.frod_s_indices.{name}"][::-1].astype(np.int32)
-        frozen[f"frod.{name}"] = {"16": {"v": jnp.asarray(v), "places": jnp.asarray(places)}}
+        frozen[f"frod.{name}"] = {str(len(v)): {"v": jnp.asarray(v), "places": jnp.asarray(places)}}
     adapted = jlora.adapt(base, rules, key=jax.random.key(0))
     assert jax.tree.map(jnp.shape, frozen) == jax.tree.map(jnp.shape, adapted.frozen)
     adapted = adapted.replace(frozen=frozen)
 
     def model(p, x):
-        h = jnp.tanh(x @ p["lin0"]["kernel"] + z["base/lin0.bias"])
-        return h @ p["lin1"]["kernel"] + z["base/lin1.bias"]
+        linear = lambda layer, x: x @ p[layer]["kernel"] + z.get(f"base/{layer}.bias", 0.0)
+        return linear("lin1", jnp.tanh(linear("lin0", x)))
 
     apply, x = jlora.lift(model, on_materialize="error"), jnp.asarray(z["x"])
     loss = jax.jit(lambda t, x, y: 0.5 * jnp.sum(jnp.square(apply(adapted.bind(t), x) - y)))
@@ -153,15 +158,17 @@ KINDS = {
 }
 
 
-@pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no directory {ORACLES}: set JLORA_ORACLES")
-def test_a_file(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("case", cases("frod.npz"))
+def test_a_file(case: str, tmp_path: pathlib.Path) -> None:
     """Layers that are stacked here share what PEFT has once for a kind; a file without it is refused, as is writing."""
     assert {name: kind(name) for name in KINDS} == KINDS
-    base = {"layers": {"q": {"kernel": random(0, 2, 16, 16)}}}
+    z, config = recorded(case)
+    shape, other = (z[f"base/{layer}.weight"].shape for layer in LAYERS)
+    if shape != other:
+        pytest.skip("its layers are of two shapes: they make no stack")
+    base = {"layers": {"q": {"kernel": random(0, 2, *shape)}}}
     axes = {"**/kernel": jlora.Axes((1,), (2,), (0,))}
-    with np.load(ORACLES / "frod.npz") as file:
-        z = {k.removeprefix("mlp/"): file[k] for k in file.files}
-    config = json.loads(str(z["config_json"])) | {"target_modules": ["q"]}
+    config |= {"target_modules": ["q"]}
     tensors = {
         k.replace("model.lin", "model.layers.").replace(".frod_lambda", ".q.frod_lambda").replace(".lin0", ".q"): v
         for k, v in z.items()
@@ -171,10 +178,11 @@ def test_a_file(tmp_path: pathlib.Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
     adapted = load_peft(tmp_path, base, axes=axes)
-    assert adapted.sites["layers/q/kernel"].method == jlora.FRoD(0.1, group="frod.q")
+    method = jlora.FRoD(config["sparse_rate"], ridge=config["regularization_alpha"], group="frod.q")
+    assert adapted.sites["layers/q/kernel"].method == method
     v, at = z["adapter/base_model.frod_V.lin0"], z["adapter/base_model.frod_s_indices.lin0"]
     for i, merged in enumerate(jlora.merge(adapted)["layers"]["q"]["kernel"]):
-        w, s = np.asarray(base["layers"]["q"]["kernel"][i]), np.zeros((16, 16))
+        w, s = np.asarray(base["layers"]["q"]["kernel"][i]), np.zeros(v.shape)
         b = np.linalg.solve(v, w).T
         s[tuple(at)] = z[f"adapter/base_model.model.lin{i}.frod_lambda_s_values"]
         s += np.diag(z[f"adapter/base_model.model.lin{i}.frod_lambda_l"])
@@ -182,7 +190,7 @@ def test_a_file(tmp_path: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="'layers/q/kernel' has FRoD, which is not .* the U of another V.* --to lora"):
         save_peft(adapted, tmp_path / "again")
     assert not (tmp_path / "again").exists()
-    lora, report = jlora.to_lora(moved(adapted), rank=16)  # what the error says to do
+    lora, report = jlora.to_lora(moved(adapted), rank=len(v))  # what the error says to do
     assert report.error < 1e-6
     save_peft(lora, tmp_path / "lora", names=lambda path: "layers.*.q.weight", dtype=jnp.float64)
     own = {k: v for k, v in tensors.items() if ".frod_V." not in k}

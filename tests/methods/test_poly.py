@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from recorded import arrays, cases
 
 import jlora
 from jlora.io import load_peft, save_peft
@@ -25,9 +26,9 @@ def adapted(method: jlora.Poly = METHOD) -> jlora.Adapted:
     return it.replace(trainable=jax.tree.map(noise, it.trainable))
 
 
-def test_recorded_routing(oracles, tmp_path) -> None:
-    with np.load(oracles / "poly.npz") as z:
-        z = {key.removeprefix("mlp/"): z[key] for key in z.files}
+@pytest.mark.parametrize("case", cases("poly.npz"))
+def test_recorded_routing(case, tmp_path) -> None:
+    z = arrays("poly.npz", case)
     part = lambda prefix: {key.removeprefix(prefix): value for key, value in z.items() if key.startswith(prefix)}
     (tmp_path / "adapter_config.json").write_text(str(z["config_json"]))
     tensors = {key: np.ascontiguousarray(value) for key, value in part("adapter/").items()}
@@ -54,8 +55,12 @@ def test_recorded_routing(oracles, tmp_path) -> None:
     assert again.keys() == tensors.keys()
     for key, value in tensors.items():
         np.testing.assert_array_equal(again[key], value)
-    config = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
-    assert [config[f"n_{name}"] for name in ("tasks", "skills", "splits")] == [3, 4, 2]
+    config, theirs = (
+        json.loads((tmp_path / "again" / "adapter_config.json").read_text()),
+        json.loads(str(z["config_json"])),
+    )
+    for field in ("r", "n_tasks", "n_skills", "n_splits"):
+        assert config[field] == theirs[field]
 
 
 def test_each_example_has_the_merged_weight_of_its_task() -> None:
