@@ -155,15 +155,16 @@ def adapt(
         (the result of ``jlora.usage``) or ``axes`` says so. Leaves of two axes are [in, out] without it.
       axes: ``{pattern: Axes}``, for those who know better.
       param_dtype: dtype of the adapters; by default float32, or the leaf's if that is wider.
-      allow_unmatched: let a rule match nothing.
+      allow_unmatched: let a rule adapt nothing, and a pattern of ``exclude`` or ``axes`` match nothing.
       stats: what ``jlora.calibrate`` found, for methods that start from data (``jlora.init``).
 
     Returns:
       An ``Adapted``. Its output starts as the base's (or as the method's file says).
 
     Raises:
-      ValueError: a rule that matches nothing, a rank that a leaf's shape does not allow, a leaf whose axes cannot be
+      ValueError: a rule that adapts nothing, a rank that a leaf's shape does not allow, a leaf whose axes cannot be
         known. The message names the leaf, its shape, the rule and what to do.
+      TypeError: ``params`` is adapted already, or one argument stands in the place of another.
     """
     sites = plan(
         params,
