@@ -29,6 +29,10 @@ from jlora.io.layouts import Hint, View
 from jlora.methods import LoKr, Method
 
 _CORE = "lokr_t2"
+_SCRAMBLED = (
+    "of a convolution along one axis with a whole W_2, PEFT (0.21.2) brings the entries of the Kronecker product into "
+    "another order, which is no LoKr. A smaller r, or use_effective_conv2d, makes a W_2 that is not whole."
+)
 
 
 class LokrFormat(Format):
@@ -77,6 +81,8 @@ class LokrFormat(Format):
         r, n = method.rank, math.prod(window)
         one = {"lokr_w1": (o1, i1)} if first else {"lokr_w1_a": (o1, r), "lokr_w1_b": (r, i1)}
         if second:
+            if len(window) == 1:
+                raise ValueError(f"{name}: {_SCRAMBLED}")
             return one | {"lokr_w2": (o2, i2, *window)}
         if method.effective_conv and n > 1:
             return one | {"lokr_w2_a": (r, o2), "lokr_w2_b": (r, i2), _CORE: (r, r, *view.core_window)}
@@ -119,6 +125,8 @@ class LokrFormat(Format):
             )
         if layer is not None and not any(array.any() for array in arrays.values()):
             return None  # zero and staying so. It is how a layer without tensors is read
+        if "w2" in arrays and len(view.window[1:]) == 1:
+            raise ValueError(_SCRAMBLED)
         tensors = {}
         for name, array in arrays.items():
             key = _CORE if name == "t2" else f"lokr_w{name[1]}" + {"w": "", "a": "_b", "b": "_a"}[name[0]]

@@ -82,6 +82,22 @@ def test_core_of_lokr(layout, tmp_path):
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["use_effective_conv2d"]
 
 
+def test_whole_factors_along_one_axis_are_refused(tmp_path):
+    """PEFT's product of [o1, i1] and [o2, i2, k] is another one: torch.kron takes the axes from the last one on."""
+    params = {"conv": {"kernel": jnp.ones((3, 6, 8))}}
+    axes = {"conv/kernel": jlora.Axes((0, 1), (2,), kind="conv")}
+    adapted = jlora.adapt(params, jlora.LoKr(9), "conv/*", axes=axes, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="conv.*along one axis with a whole W_2.*smaller r"):
+        save_peft(adapted, tmp_path / "written")
+    tensors = {"lokr_w1": np.ones((2, 2), np.float32), "lokr_w2": np.ones((4, 3, 3), np.float32)}
+    tensors = {f"base_model.model.conv.{key}": value for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LOKR", "r": 9, "alpha": 9, "target_modules": ["conv"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="conv.*along one axis with a whole W_2.*smaller r"):
+        load_peft(tmp_path, params, axes=axes)
+
+
 @pytest.mark.parametrize("method", [jlora.LoHa(2, effective_conv=True), jlora.LoKr(2, effective_conv=True)], ids=str)
 def test_core_of_a_convolution_along_one_axis(method, tmp_path):
     """PEFT's has a second window axis, of one place."""
