@@ -220,9 +220,11 @@ def plan(
             else:
                 behind.setdefault(i, path)
     if not allow_unmatched:
-        for pattern in exclude:
-            if not any(paths.matches(pattern, path, leaf) for path, leaf in leaves):
-                raise ValueError(_no_match(f"exclude: {paths.describe(pattern)}", pattern, [p for p, _ in leaves]))
+        names = [path for path, _ in leaves]
+        for option, patterns in {"exclude": exclude, "axes": [pattern for pattern, _ in find.explicit]}.items():
+            for pattern in patterns:
+                if not any(paths.matches(pattern, path, leaf) for path, leaf in leaves):
+                    raise ValueError(_no_match(f"{option}: {paths.describe(pattern)}", pattern, names))
         for i, path in behind.items():
             if not hits[i]:
                 pattern, method = rules[i]
@@ -232,10 +234,7 @@ def plan(
                 )
         for (pattern, method), hit, skipped in zip(rules, hits, passed, strict=True):
             if not hit:
-                raise ValueError(_unmatched(pattern, method, skipped, [p for p, _ in leaves], usage is not None))
-        for pattern, _ in find.explicit:
-            if not any(paths.matches(pattern, path, leaf) for path, leaf in leaves):
-                raise ValueError(f"axes: {paths.describe(pattern)} matches no leaf.")
+                raise ValueError(_unmatched(pattern, method, skipped, names, usage is not None))
     return chosen
 
 

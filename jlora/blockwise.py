@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Num, UInt8
 class Table:
     """2^k numbers in ascending order."""
 
-    def __init__(self, entries: Float[np.ndarray, n]):
+    def __init__(self, entries: Float[np.ndarray, " n"]):
         self.entries = entries
 
     def nearest(self, x: Float[Array, "*n"]) -> UInt8[Array, "*n"]:

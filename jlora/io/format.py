@@ -13,6 +13,8 @@ Config = Mapping[str, Any]
 Tensors = dict[str, np.ndarray]
 Arrays = dict[str, np.ndarray]
 
+HEAD = r"(?:base_model\.(?:model\.)?)?"  # of a tensor's key, before the name of its module, as a regular expression
+
 
 class Written(NamedTuple):
     """One matrix on its way to a file: its tensors by suffix, what the config must say about it, and its outputs."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.io.format import Arrays, Config, Format, Tensors, Written, all_layers
+from jlora.io.format import HEAD, Arrays, Config, Format, Tensors, Written, all_layers
 from jlora.io.layouts import Hint, View
 from jlora.methods import FRoD, Method
 
@@ -43,7 +43,7 @@ class FrodFormat(Format):
         common = {key: t for key, t in tensors.items() if re.match(rf"base_model\.({_V}|{_PLACES}|frod_s_size)\.", key)}
         tensors = {key: tensor for key, tensor in tensors.items() if key not in common}
         for key in list(tensors):
-            match = re.fullmatch(rf"((?:base_model\.(?:model\.)?)?(.+))\.{_L}(?:\.[^.]+)?", key)
+            match = re.fullmatch(rf"({HEAD}(.+))\.{_L}(?:\.[^.]+)?", key)
             for name in (_V, _PLACES) if match else ():
                 at = f"base_model.{name}.{kind(match[2])}"
                 found = next((t for k, t in common.items() if k == at or k.startswith(f"{at}.")), None)

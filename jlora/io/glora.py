@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.io.format import Arrays, Config, Format, Tensors, Written, all_layers
+from jlora.io.format import HEAD, Arrays, Config, Format, Tensors, Written, all_layers
 from jlora.io.layouts import Hint, View
 from jlora.methods import GLoRA, Method
 
@@ -59,7 +59,7 @@ class GloraFormat(Format):
     lacks = frozenset({"fan_in_fan_out"})
 
     def settle(self, config: Config, tensors: Tensors) -> Config:
-        keys = [re.match(r"(?:base_model\.(?:model\.)?)?(.+)\.glora_[CDE]\.(.+\.)?X[du]?$", key) for key in tensors]
+        keys = [re.match(rf"{HEAD}(.+)\.glora_[CDE]\.(.+\.)?X[du]?$", key) for key in tensors]
         return {**config, _BIASED: {match[1] for match in keys if match}}
 
     def check(self, config: Config) -> str | None:

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from jlora.io import matching
-from jlora.io.format import Arrays, Config, Format, Tensors, Written
+from jlora.io.format import HEAD, Arrays, Config, Format, Tensors, Written
 from jlora.io.layouts import Hint, View
 from jlora.methods import HiRA, Method
 
 _A, _B, _EMBEDDING_A, _EMBEDDING_B = "hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"
-_FIRST = re.compile(rf"(?:base_model\.(?:model\.)?)?(.+)\.(?:{_A}|{_EMBEDDING_A})(?:\.[^.]+){{0,2}}")
+_FIRST = re.compile(rf"{HEAD}(.+)\.(?:{_A}|{_EMBEDDING_A})(?:\.[^.]+){{0,2}}")
 
 
 class HiraFormat(Format):

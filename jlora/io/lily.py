@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jlora.io.format import Arrays, Config, Format, Tensors, Written, all_layers
+from jlora.io.format import HEAD, Arrays, Config, Format, Tensors, Written, all_layers
 from jlora.io.layouts import Hint, View
 from jlora.methods import Lily, Method
 from jlora.methods.tied import shape_name
@@ -58,7 +58,7 @@ class LilyFormat(Format):
             return tensors
         groups = collections.defaultdict(list)
         for key, tensor in tensors.items():
-            match = re.fullmatch(r"((?:base_model\.(?:model\.)?)?(.+))\.lily_A(?:\.[^.]+)?\.weight", key)
+            match = re.fullmatch(rf"({HEAD}(.+))\.lily_A(?:\.[^.]+)?\.weight", key)
             if match:
                 b = next(t for k, t in tensors.items() if k.startswith(f"{match[1]}.lily_B."))
                 groups[_group(config, match[2]), tensor.shape, b.shape].append((_natural(match[2]), match[1], key))
@@ -74,7 +74,7 @@ class LilyFormat(Format):
         return tensors
 
     def settle(self, config: Config, tensors: Tensors) -> Config:
-        at = {re.sub(r"^base_model\.(model\.)?", "", key): len(t) for key, t in tensors.items() if t.ndim == 3}
+        at = {re.sub(HEAD, "", key, count=1): len(t) for key, t in tensors.items() if t.ndim == 3}
         return {**config, _BLOCKS: {re.sub(r"\.lily_A\..*", "", key): n for key, n in at.items()}}
 
     def _method(self, config: Config, name: str) -> Lily:

@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 from jlora import paths
 from jlora.adapt import Adapted, build
 from jlora.io import files, matching
-from jlora.io.format import Format
+from jlora.io.format import HEAD, Format
 from jlora.io.formats import FORMATS
 from jlora.io.layouts import View, candidates, from_torch, to_torch, view
 from jlora.io.names import Names, Place, Tree
@@ -47,7 +47,6 @@ _NUMBERS = frozenset(
 _PATTERNS = frozenset("rank_pattern alpha_pattern lambda_pattern n_frequency_pattern block_size_pattern".split())
 _OPTIONAL = {"SUPERTUNING": ("r", "lora_alpha"), "DEFT": ("alpha",)}
 _ROWS = 30
-_HEAD = re.compile(r"^(base_model\.(model\.)?)?")  # of a key, before the name of its module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +325,7 @@ def _sort(tensors: Mapping[str, np.ndarray], fmt: Format, where: str) -> _Conten
     patterns = {suffix: _suffix_pattern(suffix) for suffix in (*suffixes, *fmt.shared)}
     content = _Content(collections.defaultdict(dict), {}, {}, {})
     for key, array in tensors.items():
-        name = _HEAD.sub("", key)
+        name = re.sub(HEAD, "", key, count=1)
         tensor = _Tensor(key, array)
         for suffix, pattern in patterns.items():
             if match := pattern.fullmatch(name):
@@ -371,7 +370,7 @@ def _locate(
             pairs = _nested_parameters(tree, fmt, config, content, stem, levels)
         for place, module in pairs:
             key = next(iter(content.modules[module].values())).key
-            prefix = (_HEAD.match(key)[0] + module).rstrip(".")
+            prefix = (re.match(HEAD, key)[0] + module).rstrip(".")
             found[place.path][place.index] = _Member(place, prefix, content.modules[module])
         if not pairs:
             for module in levels.values():
