@@ -11,7 +11,6 @@ way: as files of their own. A third file, in which what PEFT trains is another n
 
 import functools
 import json
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -22,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from recorded import DIRECTORY
 
 import jlora
 from jlora.io import load_peft
 from jlora.io.formats import FORMATS
 from jlora.weight import Params
 
-DIRECTORY = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[2] / "shared" / "oracles"))
 # Relative to the largest number of an array, absolute below 1. What PEFT computes in float32, and DEFT's projections,
 # are off by their last bits, by how many depends on the numbers that were drawn: up to 2.9e-6 over twenty draws. LoHa
 # keeps its scale in float32, C3A its transforms, FourierFT all of the change (what it recorded are float32 numbers,

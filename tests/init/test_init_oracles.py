@@ -7,7 +7,6 @@ directions the cosines. Here all is float64, whatever the case was recorded in.
 
 import itertools
 import json
-import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -18,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from recorded import DIRECTORY
 
 import jlora
 from jlora import init
 from jlora.io import load_peft, matching, save_peft
 
 pytestmark = pytest.mark.usefixtures("x64")
-DIRECTORY = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
 # Relative to the largest entry, absolute below 1. LoRA-GA's start and the residual base it leaves, and the random
 # numbers of the orthogonal start, are float32 in PEFT in any case. CorDA's are from the inverse of a float32 matrix.
 TOLERANCE = {"float64": 1e-10, "float32": 1e-6, "lora_ga": 1e-6, "orthogonal": 1e-6, "corda": 5e-6}

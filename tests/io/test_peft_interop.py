@@ -2,14 +2,13 @@
 and peft."""
 
 import importlib.util
-import os
-import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorded import DIRECTORY
 
 import jlora
 from jlora.io import save_peft
@@ -18,13 +17,12 @@ from jlora.methods import Follow, Site
 from jlora.methods.alora import invocation_offsets
 from jlora.train import models
 
-ORACLES = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
 WANTED = ("torch", "transformers", "peft")
 absent = [name for name in WANTED if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(absent), reason=f"not installed: {absent}"),
-    pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no directory {ORACLES}: set JLORA_ORACLES"),
+    pytest.mark.skipif(not DIRECTORY.is_dir(), reason=f"no directory {DIRECTORY}: set JLORA_ORACLES"),
     pytest.mark.filterwarnings("default"),  # theirs; the ones about the adapter are looked at below
 ]
 
@@ -118,7 +116,7 @@ def test_peft_computes_the_same(base, rules, tmp_path, recwarn):
 
     if rules in DEFECTS:
         pytest.skip(DEFECTS[rules])
-    model = models.load(ORACLES / "peft_dirs" / base)
+    model = models.load(DIRECTORY / "peft_dirs" / base)
     for word, wanted, why in (("bias'", "**/bias", "biases"), ("lm_head", "lm_head/*", "a head of its own")):
         if word in str([*RULES[rules]]) and not any(
             jlora.paths.matches(wanted, *leaf) for leaf in leaves(model.params)
@@ -143,7 +141,7 @@ def test_peft_computes_the_same(base, rules, tmp_path, recwarn):
     unadapted = np.asarray(apply(model.params, jnp.asarray(ids, jnp.int32)))
     with torch.no_grad():
         hf = transformers.AutoModelForCausalLM.from_pretrained(
-            ORACLES / "peft_dirs" / base, dtype=torch.float32, attn_implementation="eager"
+            DIRECTORY / "peft_dirs" / base, dtype=torch.float32, attn_implementation="eager"
         )
         recwarn.clear()
         theirs = peft.PeftModel.from_pretrained(hf, tmp_path).eval()(torch.from_numpy(ids), **options).logits.numpy()

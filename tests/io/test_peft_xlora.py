@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import shutil
 
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recorded import DIRECTORY
 from safetensors.numpy import load_file, save_file
 
 import jlora
@@ -18,8 +18,7 @@ from jlora.io import load_peft, load_xlora, save_peft, save_xlora
 from jlora.methods import xlora
 from jlora.train import models
 
-ORACLES = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
-ROOT = ORACLES / "peft_dirs"
+ROOT = DIRECTORY / "peft_dirs"
 NAMES = sorted(path.parent.name for path in ROOT.glob("*xlora*/adapter_config.json"))
 pytestmark = pytest.mark.skipif(not NAMES, reason=f"no X-LoRA under {ROOT}: set JLORA_ORACLES")
 

@@ -1,7 +1,6 @@
 """OSF against PEFT's numbers from PEFT's own start, and what its constraint promises."""
 
 import json
-import os
 import pathlib
 
 import jax
@@ -9,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from recorded import DIRECTORY
 
 import jlora
 from jlora.io import load_peft, save_peft
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-ORACLES = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
 DISK = {"a": "V_low", "s": "S_low", "b": "U_low"}
 LAYERS = ("lin0", "lin1")
 
@@ -24,11 +23,11 @@ def random(seed: int, *shape: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
-@pytest.mark.skipif(not ORACLES.is_dir(), reason=f"no directory {ORACLES}: set JLORA_ORACLES")
+@pytest.mark.skipif(not DIRECTORY.is_dir(), reason=f"no directory {DIRECTORY}: set JLORA_ORACLES")
 @pytest.mark.parametrize("case", ["mlp", "mlp_nobias"])
 def test_peft_from_its_own_start(case: str) -> None:
     """The general test of the oracles decomposes the base anew; here the decomposition is PEFT's, of float32."""
-    with np.load(ORACLES / "osf.npz") as file:
+    with np.load(DIRECTORY / "osf.npz") as file:
         z = {k.removeprefix(f"{case}/"): file[k] for k in file.files if k.startswith(f"{case}/")}
     base = {name: {"kernel": jnp.asarray(z[f"base/{name}.weight"].T)} for name in LAYERS}
     method = jlora.OSF(json.loads(str(z["config_json"]))["effective_rank"], constrained=False)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from recorded import DIRECTORY
 
 import jlora
 from jlora.factors import Factors
@@ -21,7 +21,6 @@ from jlora.optim.pairs import orthonormal
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-DIRECTORY = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
 RANDOM = np.random.default_rng(0)
 M, N, R, S = 7, 6, 3, 1.5
 A, B, G = (RANDOM.normal(size=shape) for shape in ((M, R), (R, N), (M, N)))

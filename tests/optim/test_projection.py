@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from recorded import DIRECTORY
 
 import jlora
 from jlora.optim import adam, projection
@@ -21,7 +21,6 @@ from jlora.optim.fira import limit_growth
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-DIRECTORY = pathlib.Path(os.environ.get("JLORA_ORACLES", pathlib.Path(__file__).parents[3] / "shared" / "oracles"))
 SIDES = {"std": "smaller", "reverse_std": "larger", "right": "in", "left": "out", "full": "both"}
 RANDOM = np.random.default_rng(0)
 SOLVERS = ["svd", "eigh", "randomized", "subspace"]
